@@ -1,0 +1,58 @@
+"""One interface over every transport: borrowed receive buffers, reserve-then-commit sends, explicit waiting.
+
+A channel carries whole messages in both directions. It owns its descriptor (or its ring) and its buffers; it belongs
+to one thread at a time. No function blocks but `wait`. Errors are negative errno values.
+"""
+from libc.stdint cimport int64_t, uint8_t, uint32_t
+from qtfs_common.protocol cimport header
+
+cdef struct message:                # a received message; `body` is lent until the next `receive` on the channel
+    header head                     # copied out and checked
+    uint8_t *body                   # what follows the header; the receiver may write into it
+    size_t body_bytes
+
+cdef struct channel_operations:
+    # 1: a message; 0: none yet; -EPROTO: malformed; -ECONNRESET: the peer is gone; other -errno
+    int (*receive)(channel *, message *) noexcept nogil
+    # room for a message of at most that many bytes (header included); NULL: too large
+    uint8_t *(*reserve)(channel *, size_t) noexcept nogil
+    # send the first bytes of the reserved room, then `payload`, which stays the caller's and must outlive the send;
+    # 0: gone; -EAGAIN: call flush when writable, with the same buffers still in place
+    int (*commit)(channel *, size_t, const void *, size_t) noexcept nogil
+    int (*flush)(channel *) noexcept nogil
+    # wait for room to read or write, for wake_fd (-1: none) to become readable, or for the time to pass;
+    # returns WAIT_* bits, 0 on time-out; timeout_us -1: for ever
+    int (*wait)(channel *, int, int, int64_t) noexcept nogil
+    void (*close)(channel *) noexcept nogil
+
+cdef enum:
+    WAIT_READABLE = 1
+    WAIT_WRITABLE = 2
+    WAIT_WOKEN = 4
+
+cdef struct channel:
+    const channel_operations *ops
+    int fd
+    uint32_t limit                  # longest message accepted, bytes; raised once the peer is known
+    uint8_t *inbox                  # received bytes [begin, end); NULL while nothing is lent and nothing is kept
+    size_t inbox_bytes
+    size_t begin
+    size_t end
+    bint inbox_lent                 # the inbox belongs to the caller (lend_inbox)
+    uint8_t *outbox
+    size_t outbox_bytes
+    bint outbox_lent
+    const uint8_t *unsent[2]        # what flush still has to send
+    size_t unsent_bytes[2]
+    uint8_t *kept_output            # unsent bytes that outlived the caller's buffers (park)
+
+cdef void socket_channel_init(channel *ch, int fd) noexcept nogil
+cdef int own_buffers(channel *ch) noexcept nogil
+cdef void lend_buffers(channel *ch, uint8_t *inbox, size_t inbox_bytes, uint8_t *outbox, size_t outbox_bytes) noexcept nogil
+cdef int park(channel *ch) noexcept nogil
+cdef int64_t now_us() noexcept nogil
+
+cdef class Connection:
+    cdef channel ch
+    cdef bint open
+    cdef int _wait(self, int want, int64_t deadline) except -1

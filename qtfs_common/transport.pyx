@@ -1,0 +1,347 @@
+"""Stream sockets (unix, tcp, vsock) as channels, and `Connection`, the same channel for Python code.
+
+Sources: socket(7), unix(7), vsock(7), tcp(7); the framing is doc/protocol.md's.
+"""
+from libc.errno cimport EAGAIN, ECONNRESET, EINTR, EMSGSIZE, ENOMEM, EPROTO, errno
+from libc.stdint cimport int64_t, uint8_t, uint32_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy, memmove, memset
+from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
+from posix.unistd cimport close
+
+from qtfs_common.protocol cimport MAX_MESSAGE, header
+
+import os
+
+cdef extern from "<sys/uio.h>" nogil:
+    struct iovec:
+        void *iov_base
+        size_t iov_len
+
+cdef extern from "<sys/socket.h>" nogil:
+    struct msghdr:
+        iovec *msg_iov
+        size_t msg_iovlen
+    enum:
+        MSG_DONTWAIT
+        MSG_NOSIGNAL
+    ssize_t recv(int, void *, size_t, int)
+    ssize_t sendmsg(int, const msghdr *, int)
+
+cdef extern from "<poll.h>" nogil:
+    struct pollfd:
+        int fd
+        short events
+        short revents
+    enum:
+        POLLIN
+        POLLOUT
+    int ppoll(pollfd *, unsigned long, const timespec *, const void *)
+
+cdef enum:
+    INBOX_BYTES = MAX_MESSAGE + 8192    # one message and the beginning of the next
+    UNTRUSTED_LIMIT = 8192              # longest message from a peer that has not been let in yet
+
+
+cdef int64_t now_us() noexcept nogil:
+    """CLOCK_MONOTONIC in microseconds."""
+    cdef timespec now
+    clock_gettime(CLOCK_MONOTONIC, &now)
+    return <int64_t>now.tv_sec * 1000000 + now.tv_nsec // 1000
+
+
+# ---- receiving ---------------------------------------------------------------------------------------------------
+
+cdef int _next_message(channel *ch, message *out) noexcept nogil:
+    """Take one whole message from the inbox: 1, or 0 if it is incomplete, or -EPROTO."""
+    cdef size_t have = ch.end - ch.begin
+    if have < sizeof(header):
+        return 0
+    memcpy(&out.head, ch.inbox + ch.begin, sizeof(header))
+    if out.head.length < sizeof(header) or out.head.length > ch.limit:
+        return -EPROTO
+    if have < out.head.length:
+        return 0
+    out.body = ch.inbox + ch.begin + sizeof(header)
+    out.body_bytes = out.head.length - sizeof(header)
+    ch.begin += out.head.length
+    return 1
+
+
+cdef void _make_room(channel *ch) noexcept nogil:
+    """Move what is left to the front if the message it begins might not fit behind it."""
+    if ch.begin == ch.end:
+        ch.begin = ch.end = 0
+    elif ch.begin > 0 and ch.begin + ch.limit > ch.inbox_bytes:
+        memmove(ch.inbox, ch.inbox + ch.begin, ch.end - ch.begin)
+        ch.end -= ch.begin
+        ch.begin = 0
+
+
+cdef int _socket_receive(channel *ch, message *out) noexcept nogil:
+    cdef int found
+    cdef ssize_t got
+    while True:
+        found = _next_message(ch, out)
+        if found != 0:
+            return found
+        _make_room(ch)
+        got = recv(ch.fd, ch.inbox + ch.end, ch.inbox_bytes - ch.end, MSG_DONTWAIT)
+        if got > 0:
+            ch.end += got
+        elif got == 0:
+            return -ECONNRESET
+        elif errno == EAGAIN:
+            return 0
+        elif errno != EINTR:
+            return -errno
+
+
+# ---- sending -----------------------------------------------------------------------------------------------------
+
+cdef uint8_t *_socket_reserve(channel *ch, size_t size) noexcept nogil:
+    return ch.outbox if size <= ch.outbox_bytes else NULL
+
+
+cdef void _advance(channel *ch, size_t sent) noexcept nogil:
+    cdef size_t part
+    cdef int i
+    for i in range(2):
+        part = min(sent, ch.unsent_bytes[i])
+        ch.unsent[i] += part
+        ch.unsent_bytes[i] -= part
+        sent -= part
+
+
+cdef int _socket_flush(channel *ch) noexcept nogil:
+    cdef iovec parts[2]
+    cdef msghdr msg
+    cdef ssize_t sent
+    memset(&msg, 0, sizeof(msg))
+    msg.msg_iov = parts
+    while ch.unsent_bytes[0] + ch.unsent_bytes[1] > 0:
+        parts[0].iov_base = <void *>ch.unsent[0]
+        parts[0].iov_len = ch.unsent_bytes[0]
+        parts[1].iov_base = <void *>ch.unsent[1]
+        parts[1].iov_len = ch.unsent_bytes[1]
+        msg.msg_iovlen = 2 if ch.unsent_bytes[1] > 0 else 1
+        sent = sendmsg(ch.fd, &msg, MSG_DONTWAIT | MSG_NOSIGNAL)
+        if sent >= 0:
+            _advance(ch, sent)
+        elif errno == EAGAIN:
+            return -EAGAIN
+        elif errno != EINTR:
+            return -errno
+    if ch.kept_output != NULL:
+        free(ch.kept_output)
+        ch.kept_output = NULL
+    return 0
+
+
+cdef int _socket_commit(channel *ch, size_t size, const void *payload, size_t payload_bytes) noexcept nogil:
+    ch.unsent[0] = ch.outbox
+    ch.unsent_bytes[0] = size
+    ch.unsent[1] = <const uint8_t *>payload
+    ch.unsent_bytes[1] = payload_bytes
+    return _socket_flush(ch)
+
+
+# ---- waiting, closing --------------------------------------------------------------------------------------------
+
+cdef int _socket_wait(channel *ch, int want, int wake_fd, int64_t timeout_us) noexcept nogil:
+    cdef pollfd fds[2]
+    cdef timespec limit
+    cdef int ready, result = 0
+    fds[0].fd = ch.fd
+    fds[0].events = (POLLIN if want & WAIT_READABLE else 0) | (POLLOUT if want & WAIT_WRITABLE else 0)
+    fds[1].fd = wake_fd
+    fds[1].events = POLLIN
+    fds[0].revents = fds[1].revents = 0
+    limit.tv_sec = timeout_us // 1000000
+    limit.tv_nsec = (timeout_us % 1000000) * 1000
+    ready = ppoll(fds, 2, NULL if timeout_us < 0 else &limit, NULL)
+    if ready <= 0:
+        return 0
+    if fds[0].revents & POLLOUT and want & WAIT_WRITABLE:
+        result |= WAIT_WRITABLE
+    if fds[0].revents & ~POLLOUT:   # errors and hang-ups show themselves when reading
+        result |= WAIT_READABLE
+    if fds[1].revents:
+        result |= WAIT_WOKEN
+    return result
+
+
+cdef void _release_inbox(channel *ch) noexcept nogil:
+    if not ch.inbox_lent:
+        free(ch.inbox)
+    ch.inbox = NULL
+    ch.inbox_bytes = ch.begin = ch.end = 0
+
+
+cdef void _release_outbox(channel *ch) noexcept nogil:
+    if not ch.outbox_lent:
+        free(ch.outbox)
+    ch.outbox = NULL
+    ch.outbox_bytes = 0
+
+
+cdef void _socket_close(channel *ch) noexcept nogil:
+    _release_inbox(ch)
+    _release_outbox(ch)
+    free(ch.kept_output)
+    ch.kept_output = NULL
+    ch.unsent_bytes[0] = ch.unsent_bytes[1] = 0
+    if ch.fd >= 0:
+        close(ch.fd)
+    ch.fd = -1
+
+
+cdef channel_operations _socket_operations
+_socket_operations.receive = _socket_receive
+_socket_operations.reserve = _socket_reserve
+_socket_operations.commit = _socket_commit
+_socket_operations.flush = _socket_flush
+_socket_operations.wait = _socket_wait
+_socket_operations.close = _socket_close
+
+
+cdef void socket_channel_init(channel *ch, int fd) noexcept nogil:
+    """Make `ch` a channel over the connected stream socket `fd`, which it owns from now on; it has no buffers yet."""
+    memset(ch, 0, sizeof(channel))
+    ch.ops = &_socket_operations
+    ch.fd = fd
+    ch.limit = UNTRUSTED_LIMIT
+
+
+# ---- buffers: a client's channel owns its own, the server's workers lend theirs ------------------------------------
+
+cdef int own_buffers(channel *ch) noexcept nogil:
+    """Allocate buffers that stay with the channel until it is closed: 0 or -ENOMEM. Untouched pages cost nothing."""
+    ch.inbox = <uint8_t *>malloc(INBOX_BYTES)
+    ch.outbox = <uint8_t *>malloc(INBOX_BYTES)
+    if ch.inbox == NULL or ch.outbox == NULL:
+        return -ENOMEM
+    ch.inbox_bytes = ch.outbox_bytes = INBOX_BYTES
+    return 0
+
+
+cdef void lend_buffers(channel *ch, uint8_t *inbox, size_t inbox_bytes, uint8_t *outbox,
+                       size_t outbox_bytes) noexcept nogil:
+    """Let the channel work in the caller's buffers (each INBOX_BYTES at least) until `park`."""
+    cdef size_t kept = ch.end - ch.begin
+    if kept > 0:
+        memcpy(inbox, ch.inbox + ch.begin, kept)
+    _release_inbox(ch)
+    ch.inbox = inbox
+    ch.inbox_bytes = inbox_bytes
+    ch.inbox_lent = True
+    ch.end = kept
+    ch.outbox = outbox
+    ch.outbox_bytes = outbox_bytes
+    ch.outbox_lent = True
+
+
+cdef int park(channel *ch) noexcept nogil:
+    """Give lent buffers back; the channel keeps a copy of what it had not finished with. 0 or -ENOMEM."""
+    cdef size_t kept = ch.end - ch.begin, unsent = ch.unsent_bytes[0] + ch.unsent_bytes[1]
+    cdef uint8_t *copy = NULL
+    cdef uint8_t *output
+    if kept > 0:
+        copy = <uint8_t *>malloc(kept)
+        if copy == NULL:
+            return -ENOMEM
+        memcpy(copy, ch.inbox + ch.begin, kept)
+    if unsent > 0 and ch.kept_output == NULL:
+        output = <uint8_t *>malloc(unsent)
+        if output == NULL:
+            free(copy)
+            return -ENOMEM
+        memcpy(output, ch.unsent[0], ch.unsent_bytes[0])
+        memcpy(output + ch.unsent_bytes[0], ch.unsent[1], ch.unsent_bytes[1])
+        ch.kept_output = output
+        ch.unsent[0] = output
+        ch.unsent_bytes[0] = unsent
+        ch.unsent_bytes[1] = 0
+    ch.inbox = copy
+    ch.inbox_bytes = kept
+    ch.inbox_lent = False
+    ch.begin = 0
+    ch.end = kept
+    ch.outbox = NULL
+    ch.outbox_bytes = 0
+    ch.outbox_lent = False
+    return 0
+
+
+# ---- for Python ----------------------------------------------------------------------------------------------------
+
+cdef class Connection:
+    """A channel for Python code: handshakes, tests, and drivers that are not per-request nogil code."""
+
+    def __cinit__(self, int fd):
+        """Take over the connected stream socket `fd`."""
+        socket_channel_init(&self.ch, fd)
+        self.open = True
+        self.ch.limit = MAX_MESSAGE
+        if own_buffers(&self.ch) < 0:
+            raise MemoryError
+
+    def __dealloc__(self):
+        self.close()
+
+    def close(self) -> None:
+        """Close the socket and free the buffers; more than once does no harm."""
+        if self.open:
+            self.open = False
+            self.ch.ops.close(&self.ch)
+
+    def fileno(self) -> int:
+        """The descriptor, still owned by the connection; -1 once closed."""
+        return self.ch.fd
+
+    def detach(self) -> int:
+        """Give the descriptor away and close the rest. Received bytes that were not taken are lost."""
+        cdef int fd = self.ch.fd
+        self.ch.fd = -1
+        self.close()
+        return fd
+
+    def send(self, bytes data not None, double timeout_s=30.0) -> None:
+        """Send one encoded message whole. Raises OSError, or TimeoutError."""
+        cdef size_t size = len(data)
+        cdef uint8_t *room = self.ch.ops.reserve(&self.ch, size) if self.open else NULL
+        if room == NULL:
+            raise OSError(EMSGSIZE, os.strerror(EMSGSIZE))
+        memcpy(room, <const uint8_t *>data, size)
+        cdef int64_t deadline = now_us() + <int64_t>(timeout_s * 1e6)
+        cdef int done = self.ch.ops.commit(&self.ch, size, NULL, 0)
+        while done == -EAGAIN:
+            self._wait(WAIT_WRITABLE, deadline)
+            done = self.ch.ops.flush(&self.ch)
+        if done < 0:
+            raise OSError(-done, os.strerror(-done))
+
+    def receive(self, double timeout_s=30.0) -> tuple[int, int, int, int, int, int, bytes]:
+        """The next message: (op, flags, error, slot, sequence, tag, body). Raises OSError, or TimeoutError."""
+        cdef message msg
+        cdef int found = 0
+        cdef int64_t deadline = now_us() + <int64_t>(timeout_s * 1e6)
+        while self.open:
+            found = self.ch.ops.receive(&self.ch, &msg)
+            if found != 0:
+                break
+            self._wait(WAIT_READABLE, deadline)
+        if found <= 0:
+            found = found or -ECONNRESET
+            raise OSError(-found, os.strerror(-found))
+        return (msg.head.op, msg.head.flags, msg.head.error, msg.head.slot, msg.head.sequence, msg.head.tag,
+                (<char *>msg.body)[:msg.body_bytes])
+
+    cdef int _wait(self, int want, int64_t deadline) except -1:
+        """Wait until the deadline, in slices: a Python signal handler runs between them."""
+        cdef int64_t left = deadline - now_us()
+        if left <= 0:
+            raise TimeoutError("the peer does not answer")
+        with nogil:
+            self.ch.ops.wait(&self.ch, want, -1, min(left, 200000))
+        return 0

@@ -1,0 +1,101 @@
+# qtfs: make [all] builds in place; make help lists the rest.
+#
+# role=client|server, QTFS_TEST_MODE=1 and UDS_TEST_MODE=1, which the original's users pass, are accepted and change
+# nothing: one build is both, and the address chooses the transport at run time.
+
+PREFIX     ?= /usr/local
+SYSCONFDIR ?= /etc
+SBINDIR    ?= /sbin
+DESTDIR    ?=
+QTFS_DEBUG ?= 0
+PYTEST_ARGS ?=
+
+export PREFIX SYSCONFDIR SBINDIR DESTDIR QTFS_DEBUG
+
+PACKAGES = qtfs_common qtfs_server qtfs_client ipc rexec qtinfo
+PRESENT := $(wildcard $(PACKAGES))
+PY       = .venv/bin/python
+MODE    := $(if $(filter-out 0,$(QTFS_DEBUG)),debug,release)
+BUILT    = build/built-$(MODE)
+SOURCES := setup.py $(if $(PRESENT),$(shell find $(PRESENT) -name '*.pyx' -o -name '*.pxd' -o -name '*.pxi' -o -name '*.h'))
+
+# Commands that run from where they are after make, as FILE:MODULE; those whose package has not come yet are left out.
+COMMANDS  = qtfs_server/engine:qtfs_server.cli qtfs_client/mount.qtfs:qtfs_client.cli
+LAUNCHERS = $(foreach c,$(COMMANDS),$(if $(wildcard $(firstword $(subst /, ,$(c)))),$(firstword $(subst :, ,$(c)))))
+
+.PHONY: all ext deps demo test bench lint debug install uninstall dist clean distclean help FORCE
+
+all: ext $(LAUNCHERS)
+
+help:
+	@echo "all (default)  build in place; then qtfs_server/engine and qtfs_client/mount.qtfs run from there"
+	@echo "deps           install what is missing: system packages (root) and .venv"
+	@echo "demo           the tour on this machine      test   the tests (PYTEST_ARGS=...)"
+	@echo "bench          speed beside sshfs            lint   ruff, mypy, Cython's warnings"
+	@echo "debug          all, with assertions (any target: QTFS_DEBUG=1)"
+	@echo "install        into DESTDIR, PREFIX=$(PREFIX); uninstall takes it away, /etc/qtfs stays"
+	@echo "dist           sdist and wheel in dist/      clean  distclean"
+
+# Always asked, cheap if there is nothing to do: it compares contents, which make cannot.
+.PHONY: venv
+venv:
+	@scripts/deps.sh venv
+
+ext: venv $(BUILT)
+
+# One build at a time in one checkout, whoever started it. The other mode's mark goes: its modules are no longer in place.
+$(BUILT): $(SOURCES) | venv
+	@mkdir -p build
+	flock build/lock $(PY) setup.py -q build_ext --inplace
+	@rm -f build/built-* && touch $@
+
+# Rewritten every time, as a checkout may have been moved or a launcher removed.
+$(LAUNCHERS): FORCE
+	@scripts/launcher.sh "$@" $(patsubst $@:%,%,$(filter $@:%,$(COMMANDS)))
+
+deps:
+	scripts/deps.sh build test venv kernel
+
+demo:
+	scripts/deps.sh build
+	$(MAKE) all
+	demo/run.sh
+
+test:
+	scripts/deps.sh build test venv kernel
+	$(MAKE) all
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+bench:
+	scripts/deps.sh build bench
+	$(MAKE) all
+	$(PY) test/bench/run.py $(BENCH_ARGS)
+
+lint: venv
+	$(PY) -m ruff check .
+	$(PY) -m mypy setup.py $(foreach p,$(PRESENT),$(if $(shell find $(p) -name '*.py'),$(p)))
+	$(PY) setup.py -q lint_cython
+
+debug:
+	$(MAKE) all QTFS_DEBUG=1
+
+# The wheel is made from the sdist, so a file that the sdist forgot is noticed here and not by a user.
+dist: venv
+	rm -rf dist
+	$(PY) setup.py -q sdist
+	$(PY) -m pip wheel -q --no-deps --no-build-isolation -w dist dist/qtfs-*.tar.gz
+
+install: dist
+	scripts/install.sh install
+
+uninstall:
+	scripts/install.sh uninstall
+
+clean:
+	rm -rf build dist *.egg-info $(LAUNCHERS)
+	@for pyx in $(filter %.pyx,$(SOURCES)); do rm -f "$${pyx%.pyx}.c" "$${pyx%.pyx}".*.so; done
+	@for dir in $(PRESENT) test demo; do [ ! -d $$dir ] || find $$dir -name __pycache__ -prune -exec rm -rf {} +; done
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+distclean: clean
+	rm -rf .venv .cache

@@ -83,7 +83,7 @@ debug:
 dist: venv
 	rm -rf dist
 	$(PY) setup.py -q sdist
-	$(PY) -m pip wheel -q --no-deps --no-build-isolation -w dist dist/qtfs-*.tar.gz
+	$(PY) -m pip wheel -qq --no-deps --no-build-isolation -w dist dist/qtfs-*.tar.gz
 
 install: dist
 	scripts/install.sh install

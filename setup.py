@@ -43,6 +43,7 @@ C_FLAGS = [
     "-Wall",
     "-Wextra",
     "-Wno-unused-function",
+    "-Wno-unused-variable",
     "-Wno-unused-parameter",
     "-Wno-missing-field-initializers",
     "-Wno-cast-function-type",

@@ -65,7 +65,7 @@ install_packages() { # FAMILY PACKAGE...
         export DEBIAN_FRONTEND=noninteractive
         # Stale or unreachable lists need not be fatal: the packages may be there all the same.
         apt-get update -qq || say "apt-get update failed, going on with the lists that are here"
-        apt-get install -qq -y --no-install-recommends -o DPkg::Lock::Timeout=300 "$@" >&2 </dev/null
+        apt-get install -qq -y --no-install-recommends -o DPkg::Lock::Timeout=300 -o Dpkg::Use-Pty=0 "$@" >&2 </dev/null
     else
         tool=dnf
         command -v dnf >/dev/null || tool=yum
@@ -157,10 +157,10 @@ venv() {
     fi
     say "installing Python packages into .venv"
     requirements "$venv/bin/python" all >"$venv/requirements.txt"
-    "$venv/bin/python" -I -m pip install -q --disable-pip-version-check -r "$venv/requirements.txt"
+    "$venv/bin/python" -I -m pip install -qq --disable-pip-version-check -r "$venv/requirements.txt"
     if [ $fuse2 = yes ]; then
         requirements "$venv/bin/python" llfuse >"$venv/requirements-llfuse.txt"
-        "$venv/bin/python" -I -m pip install -q --disable-pip-version-check -r "$venv/requirements-llfuse.txt" ||
+        "$venv/bin/python" -I -m pip install -qq --disable-pip-version-check -r "$venv/requirements-llfuse.txt" ||
             say "llfuse did not build: mounts with driver=llfuse will be refused"
     else
         say "libfuse 2's headers are not here (run: make deps): mounts with driver=llfuse will be refused"

@@ -31,7 +31,7 @@ extra=
 "$python" -I -c 'import llfuse' 2>/dev/null && extra='[llfuse]'
 remove
 mkdir -p "$DESTDIR$lib"
-"$python" -I -m pip install -q --disable-pip-version-check --no-warn-script-location --target "$DESTDIR$lib" \
+"$python" -I -m pip install -qq --disable-pip-version-check --no-warn-script-location --target "$DESTDIR$lib" \
     "$(echo "$root"/dist/qtfs-*.whl)$extra"
 rm -rf "$DESTDIR$lib/bin" "$DESTDIR$lib/share" # pip's copies name the build's own .venv
 

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import ClassVar
 
 from setuptools import Command, Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -142,7 +143,7 @@ class BuildExt(build_ext):
 class LintCython(Command):
     """``setup.py lint_cython``: Cython's extra warnings over every module, as errors."""
 
-    user_options = []
+    user_options: ClassVar[list[tuple[str, str, str]]] = []
 
     def initialize_options(self):
         pass

@@ -2,8 +2,8 @@
 
 Every ``**/*.pyx`` of the packages that exist becomes one extension, so a new module needs no entry here.
 
-Environment: ``QTFS_DEBUG=1`` builds with assertions, bounds checks and ``-Og``. The generated C and the objects of the two
-modes live apart under ``build/``, so going back and forth recompiles nothing.
+Environment: ``QTFS_DEBUG=1`` builds with assertions, bounds checks and ``-Og``. The generated C and the objects of the
+two modes live apart under ``build/``, so going back and forth recompiles nothing.
 """
 
 import filecmp
@@ -22,7 +22,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 PACKAGES = ("qtfs_common", "qtfs_server", "qtfs_client", "ipc", "rexec", "qtinfo")
 
-# Modules that need a system library. One whose library is missing is left out with a warning: a server needs no libfuse.
+# Modules that need a system library. Without it the module is left out with a warning: a server needs no libfuse.
 PKG_CONFIG = {"qtfs_client.drivers.mounting": "fuse3"}
 
 DEBUG = os.environ.get("QTFS_DEBUG", "0") not in ("", "0")
@@ -158,7 +158,8 @@ class LintCython(Command):
         failed = 0
         for ext in self.distribution.ext_modules or []:
             command = [sys.executable, "-m", "cython", "-3", "-Wextra", "-Werror", *options]
-            failed += subprocess.run([*command, "-o", str(out / f"{ext.name}.c"), *ext.sources], cwd=ROOT).returncode != 0
+            command += ["-o", str(out / f"{ext.name}.c"), *ext.sources]
+            failed += subprocess.run(command, cwd=ROOT).returncode != 0
         if failed:
             raise SystemExit(f"lint_cython: {failed} module(s) with warnings")
 

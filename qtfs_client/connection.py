@@ -1,0 +1,182 @@
+"""Connections to the engine: the handshake, and the session that they belong to.
+
+Every socket begins with HELLO and, if the engine asks for it, AUTHENTICATE. Then it either opens a session with MOUNT,
+whose slot 0 it becomes, or joins one with ATTACH. doc/protocol.md specifies the messages; nothing here is per-request.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+from qtfs_common import auth
+from qtfs_common.addresses import Address, connect_socket
+from qtfs_common.errors import QtfsError
+from qtfs_common.protocol import MAGIC, OPERATIONS, REPLY, VERSION
+from qtfs_common.transport import Connection
+
+#: qtfs_common.protocol's records, for struct.
+HEADER = struct.Struct("<IHHiIQQ")
+_HELLO = struct.Struct("<IHHII32s")
+_WELCOME = struct.Struct("<HHIII32s")
+_MOUNT_REQUEST = struct.Struct("<II")
+_MOUNT_REPLY = struct.Struct("<Q32sII")
+_ATTACH_REQUEST = struct.Struct("<Q32sII")
+_ATTACH_REPLY = struct.Struct("<Q")
+
+_MOUNT_READ_ONLY = 1
+_MOUNT_FAILURE = 32  # mount(8), section "EXIT STATUS"
+#: Seconds for one exchange of the handshake where the user said "wait for ever".
+_FOR_EVER_S = 1e6
+
+
+class HandshakeError(QtfsError):
+    """The engine was reached but did not let us in; the text says why."""
+
+    exit_code = _MOUNT_FAILURE
+
+    def __init__(self, message: str, errno: int = 0) -> None:
+        self.errno = errno
+        super().__init__(message)
+
+
+class SessionLostError(HandshakeError):
+    """The engine does not know the session any more: it was restarted, or the session's grace ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """What MOUNT granted: all that a connection needs to join the session."""
+
+    session: int
+    secret: bytes
+    slots: int
+    grace_s: int
+
+
+def encode(op: int, body: bytes = b"", *, slot: int = 0, sequence: int = 0, tag: int = 0) -> bytes:
+    """One request message, whole."""
+    return HEADER.pack(HEADER.size + len(body), op, 0, 0, slot, sequence, tag) + body
+
+
+class Engine:
+    """Where an engine is and how to prove who we are; opens connections that are past the handshake."""
+
+    def __init__(self, address: Address, key: bytes | None = None, timeout_s: float = 30.0) -> None:
+        self.address = address
+        self._key = key
+        self._timeout_s = timeout_s or _FOR_EVER_S
+
+    def mount(self, source: str, *, read_only: bool = False, slots: int = 16) -> tuple[Connection, Ticket]:
+        """Open a session on a directory of the server; the connection is its slot 0.
+
+        Raises ConnectError if nobody answers, HandshakeError with the cause if the engine refuses.
+        """
+        connection = self._connect()
+        try:
+            flags = _MOUNT_READ_ONLY if read_only else 0
+            body = _MOUNT_REQUEST.pack(flags, slots) + os.fsencode(source)
+            error, reply = self._exchange(connection, OPERATIONS["MOUNT"], body)
+            if error:
+                raise HandshakeError(self._mount_failure(source, error), error)
+            return connection, Ticket(*self._unpack(_MOUNT_REPLY, reply))
+        except BaseException:
+            connection.close()
+            raise
+
+    def attach(self, ticket: Ticket, slot: int) -> tuple[Connection, int]:
+        """Join a session as a slot, or as its event channel; also the slot's last executed sequence number.
+
+        Raises SessionLostError if the session has ended, ConnectError or HandshakeError for the rest.
+        """
+        connection = self._connect()
+        try:
+            body = _ATTACH_REQUEST.pack(ticket.session, ticket.secret, slot, 0)
+            error, reply = self._exchange(connection, OPERATIONS["ATTACH"], body)
+            if error == errno.ESTALE:
+                raise SessionLostError(f"{self.address}: the engine has forgotten this mount", error)
+            if error:
+                raise HandshakeError(f"{self.address}: cannot join the session: {os.strerror(error)}", error)
+            (last_sequence,) = self._unpack(_ATTACH_REPLY, reply)
+            return connection, last_sequence
+        except BaseException:
+            connection.close()
+            raise
+
+    # ------------------------------------------------------------------------------------------------- handshake
+
+    def _connect(self) -> Connection:
+        """A connection past HELLO and AUTHENTICATE."""
+        sock = connect_socket(self.address, self._timeout_s if self._timeout_s < _FOR_EVER_S else None)
+        sock.setblocking(False)
+        connection = Connection(sock.detach())
+        try:
+            self._hello(connection)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _hello(self, connection: Connection) -> None:
+        nonce = auth.new_nonce()
+        body = _HELLO.pack(MAGIC, VERSION, VERSION, 0, 0, nonce)
+        error, reply = self._exchange(connection, OPERATIONS["HELLO"], body)
+        if error == errno.EPROTONOSUPPORT:
+            raise HandshakeError(f"{self.address}: version mismatch: the engine does not speak version "
+                                 f"{VERSION} of the protocol", error)
+        if error:
+            raise HandshakeError(f"{self.address}: the engine refused us: {os.strerror(error)}", error)
+        version, authentication, _features, _payload, _slots, server_nonce = self._unpack(_WELCOME, reply)
+        if version != VERSION:
+            raise HandshakeError(f"{self.address}: version mismatch: the engine speaks version {version} of the "
+                                 f"protocol, this client version {VERSION}", errno.EPROTONOSUPPORT)
+        if authentication:
+            self._authenticate(connection, nonce, server_nonce)
+
+    def _authenticate(self, connection: Connection, nonce: bytes, server_nonce: bytes) -> None:
+        """Prove that we know the key, and see that the engine does."""
+        if self._key is None:
+            raise HandshakeError(f"{self.address}: the engine demands authentication: give key_file=FILE", errno.EACCES)
+        binding = nonce + server_nonce
+        ours = auth.proof(self._key, auth.CLIENT, nonce, server_nonce, binding)
+        error, theirs = self._exchange(connection, OPERATIONS["AUTHENTICATE"], ours)
+        if error:
+            raise HandshakeError(f"{self.address}: authentication failed: the engine has another key", error)
+        if not auth.verify(theirs, self._key, auth.SERVER, nonce, server_nonce, binding):
+            raise HandshakeError(f"{self.address}: authentication failed: the engine could not prove that it has our "
+                                 "key", errno.EACCES)
+
+    # --------------------------------------------------------------------------------------------------- messages
+
+    def _exchange(self, connection: Connection, op: int, body: bytes) -> tuple[int, bytes]:
+        """One request and its reply: (errno, body)."""
+        try:
+            connection.send(encode(op, body), self._timeout_s)
+            reply_op, flags, error, _slot, _sequence, _tag, reply = connection.receive(self._timeout_s)
+        except TimeoutError as timeout:
+            raise HandshakeError(f"{self.address}: the engine does not answer", errno.ETIMEDOUT) from timeout
+        except OSError as failure:
+            number = failure.errno or errno.EIO
+            cause = "it is no qtfs engine" if number == errno.EPROTO else os.strerror(number)
+            raise HandshakeError(f"{self.address}: the connection broke in the handshake: {cause}", number) from failure
+        if reply_op != op or not flags & REPLY:
+            raise HandshakeError(f"{self.address}: whoever answers there is no qtfs engine", errno.EPROTO)
+        return error, reply
+
+    def _unpack(self, record: struct.Struct, reply: bytes) -> tuple[Any, ...]:
+        if len(reply) != record.size:
+            raise HandshakeError(f"{self.address}: the engine sent a malformed reply", errno.EPROTO)
+        return record.unpack(reply)
+
+    def _mount_failure(self, source: str, error: int) -> str:
+        causes = {
+            errno.EPERM: "refused by the engine's whitelist ([Mount])",
+            errno.ENOENT: "no such directory on the server",
+            errno.ENOTDIR: "not a directory on the server",
+            errno.EACCES: "the engine demands authentication",
+            errno.EPROTONOSUPPORT: "version mismatch",
+        }
+        return f"{self.address}: {source}: {causes.get(error, os.strerror(error))}"

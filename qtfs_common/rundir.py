@@ -29,9 +29,8 @@ def run_directory(explicit: str | os.PathLike[str] | None = None) -> Path:
     if not path.is_absolute():
         raise RunDirError(f"run directory '{path}' is not an absolute path")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):
-            path.mkdir(mode=0o700)
+            path.mkdir(mode=0o700, parents=True)
         found = path.lstat()  # not stat: in /tmp a link planted by somebody else would lead us astray
     except OSError as error:
         raise RunDirError(f"cannot create run directory {path}: {error.strerror}") from error

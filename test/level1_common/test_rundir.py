@@ -37,9 +37,8 @@ def test_it_is_created_private(tmp_path: Path) -> None:
 
 def test_argument_then_environment_then_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rundir, "DEFAULT_RUN_DIR", str(tmp_path / "default"))
-    monkeypatch.setattr(os, "geteuid", lambda: 0)
-    if os.getuid() == 0:
-        assert run_directory() == tmp_path / "default"
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    assert run_directory() == tmp_path / ("default" if os.geteuid() == 0 else "qtfs")
     monkeypatch.setenv("QTFS_RUN_DIR", str(tmp_path / "environment"))
     assert run_directory() == tmp_path / "environment"
     assert run_directory(str(tmp_path / "argument")) == tmp_path / "argument"

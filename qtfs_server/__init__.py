@@ -1,0 +1,1 @@
+"""The server: sessions, nodes, file operations, the engine."""

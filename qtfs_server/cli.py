@@ -1,0 +1,120 @@
+"""`engine`: the command line of the server."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from qtfs_common import __version__, logs
+from qtfs_common.addresses import DEFAULT_PORT, Address, parse_address
+from qtfs_common.config import ENGINE_SCHEMA, load_config
+from qtfs_common.errors import QtfsError
+from qtfs_common.whitelist import DEFAULT_PATH
+from qtfs_server.engine import EngineOptions, run
+
+_USAGE = """%(prog)s [OPTIONS] WORKERS PROXY_THREADS MY_ADDR MY_PROXY_PORT PEER_ADDR PEER_PROXY_PORT
+       %(prog)s [OPTIONS] --listen ADDRESS [--listen ADDRESS ...]"""
+
+_EPILOG = """addresses:
+  vsock://CID:PORT   tcp://HOST:PORT   unix:///path
+  MY_ADDR and PEER_ADDR: a vsock CID, or an IPv4 address (then TCP)
+
+signals: SIGHUP reads the whitelist again; SIGTERM finishes what is being executed and exits 0."""
+
+_POSITIONAL = ("WORKERS", "PROXY_THREADS", "MY_ADDR", "MY_PROXY_PORT", "PEER_ADDR", "PEER_PROXY_PORT")
+_PORTS = range(1024, 65536)
+_MOST_WORKERS = 512
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="engine",
+        usage=_USAGE,
+        description="Share directories of this machine with qtfs clients.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("original", nargs="*", metavar="ARGUMENT", help=argparse.SUPPRESS)
+    parser.add_argument("--workers", type=int, metavar="N", help="worker threads (default 16)")
+    parser.add_argument("--listen", action="append", metavar="ADDRESS", help="serve clients here; may be repeated")
+    parser.add_argument("--port", type=int, metavar="N", help=f"data port where an address names none ({DEFAULT_PORT})")
+    parser.add_argument("--whitelist", metavar="FILE", help=f"what clients may do (default {DEFAULT_PATH})")
+    parser.add_argument("--key-file", metavar="FILE", help="shared key; demanded for TCP other than loopback")
+    parser.add_argument("--log-level", metavar="LEVEL", help="NONE, ERROR, WARN, INFO or DEBUG (default WARN)")
+    parser.add_argument("--config", metavar="FILE", help="TOML file with the same settings; options override it")
+    parser.add_argument("--pid-file", metavar="FILE", help="write the process id here")
+    parser.add_argument("--run-dir", metavar="DIR", help="locks and control sockets (default /run/qtfs)")
+    parser.add_argument("--grace", type=float, metavar="SECONDS", help="how long a session outlives its client (90)")
+    parser.add_argument("--version", action="version", version=f"qtfs {__version__}")
+    return parser
+
+
+def _number(name: str, text: str, allowed: range) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) not in allowed:
+        raise QtfsError(f"{name}: {text!r} is not a number from {allowed.start} to {allowed.stop - 1}", 2)
+    return int(text)
+
+
+def _from_positional(words: list[str]) -> dict[str, Any]:
+    """The original's six arguments as settings. The proxy's four are checked; the socket proxy itself is `udsproxyd`."""
+    if len(words) != len(_POSITIONAL):
+        raise QtfsError(f"expected {' '.join(_POSITIONAL)}, got {len(words)} of these {len(_POSITIONAL)}", 2)
+    named = dict(zip(_POSITIONAL, words, strict=True))
+    _number("PROXY_THREADS", named["PROXY_THREADS"], range(1, 2))
+    for name in ("MY_PROXY_PORT", "PEER_PROXY_PORT"):
+        _number(name, named[name], _PORTS)
+    parse_address(named["PEER_ADDR"])
+    return {
+        "workers": _number("WORKERS", named["WORKERS"], range(1, _MOST_WORKERS + 1)),
+        "listen": (named["MY_ADDR"],),
+    }
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Configuration file, then positional arguments, then options: the later wins."""
+    settings = load_config(args.config, ENGINE_SCHEMA) if args.config else {}
+    if args.original:
+        settings |= _from_positional(args.original)
+    given = {key: getattr(args, key) for key in ENGINE_SCHEMA if getattr(args, key, None) is not None}
+    if args.original and args.listen:
+        given["listen"] = [*settings["listen"], *args.listen]
+    return settings | given
+
+
+def _options(settings: dict[str, Any]) -> EngineOptions:
+    port = settings.get("port", DEFAULT_PORT)
+    addresses: tuple[Address, ...] = tuple(parse_address(text, port) for text in settings.get("listen", ()))
+    if not addresses:
+        raise QtfsError("no address to listen on: give --listen, or the six arguments (see --help)", 2)
+    workers = _number("workers", str(settings.get("workers", 16)), range(1, _MOST_WORKERS + 1))
+
+    def path(key: str) -> Path | None:
+        return Path(settings[key]) if settings.get(key) else None
+
+    return EngineOptions(
+        listen=addresses,
+        workers=workers,
+        whitelist=path("whitelist") or Path(DEFAULT_PATH),
+        key_file=path("key_file"),
+        pid_file=path("pid_file"),
+        run_dir=path("run_dir"),
+        grace_s=float(settings.get("grace", 90.0)),
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the engine in the foreground; 0 after SIGTERM, 1 or 2 for mistakes of the user."""
+    args = _parser().parse_args(arguments)
+    try:
+        settings = _settings(args)
+        logs.setup(settings.get("log_level", "WARN"), program="engine")
+        return run(_options(settings))
+    except QtfsError as error:
+        print(f"engine: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,21 @@
+"""From a received message to a reply: operation table, slots, exactly-once."""
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+
+from qtfs_common.protocol cimport OP_COUNT
+from qtfs_common.transport cimport message
+from qtfs_server.identity cimport identity
+from qtfs_server.session cimport session
+
+cdef struct counters:               # of one worker
+    uint64_t requests[OP_COUNT]
+    uint64_t errors[OP_COUNT]
+    uint64_t repeated
+    uint64_t malformed
+
+cdef enum:
+    SLOT_BUSY = -100002             # another worker still executes this very request
+
+cdef int execute(session *s, identity *me, uint8_t *scratch, counters *count, const message *msg, bint repeated,
+                 uint8_t *reply, size_t reply_room, size_t *reply_bytes) noexcept nogil
+cdef int execute_in_slot(session *s, uint32_t slot_index, identity *me, uint8_t *scratch, counters *count,
+                         const message *msg, uint8_t *out, size_t room, size_t *out_bytes) noexcept nogil

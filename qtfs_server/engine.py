@@ -1,0 +1,164 @@
+"""The engine: listens, runs the worker threads, obeys signals.
+
+SIGHUP reads the whitelist again, SIGTERM and SIGINT let the workers finish what they execute and end the process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import resource
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from qtfs_common import auth, logs, rundir
+from qtfs_common.addresses import Address, UnixAddress, bound_address, listen_socket
+from qtfs_common.errors import QtfsError
+from qtfs_common.whitelist import load_whitelist
+from qtfs_server import policy
+from qtfs_server.server import Server
+
+log = logging.getLogger(__name__)
+
+_SIGNALS = {signal.SIGHUP, signal.SIGTERM, signal.SIGINT}
+_EXPIRY_PERIOD_S = 1.0
+_DRAIN_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What the engine is to do; times in seconds."""
+
+    listen: tuple[Address, ...]
+    workers: int = 16
+    whitelist: Path = Path("/etc/qtfs/whitelist")
+    key_file: Path | None = None
+    pid_file: Path | None = None
+    run_dir: Path | None = None
+    grace_s: float = 90.0
+
+
+def raise_descriptor_limit() -> int:
+    """Use all the descriptors that we may have; how many that is."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft = hard
+    return min(soft, 1 << 24) if soft != resource.RLIM_INFINITY else 1 << 24
+
+
+def _load_rules(path: Path) -> None:
+    whitelist = load_whitelist(path)
+    whitelist.require_mount()
+    policy.install(whitelist)
+
+
+def _load_key(options: EngineOptions) -> bytes | None:
+    """The shared key, which addresses that other machines can reach over TCP demand."""
+    if options.key_file is not None:
+        return auth.load_key(options.key_file)
+    for address in options.listen:
+        if address.requires_authentication:
+            raise QtfsError(f"{address} can be reached from outside: it needs a key (--key-file)")
+    return None
+
+
+@contextlib.contextmanager
+def _listening(addresses: tuple[Address, ...], run_dir: Path | None) -> Iterator[list[socket.socket]]:
+    """Listen on all addresses, each under a lock that names us to a second engine."""
+    directory = rundir.run_directory(run_dir)
+    with contextlib.ExitStack() as stack:
+        sockets = []
+        for address in addresses:
+            name = "engine@" + str(address).replace("/", "_") + ".lock"
+            stack.enter_context(rundir.lock_file(name[-250:], directory))
+            sock = stack.enter_context(listen_socket(address))
+            sock.setblocking(False)
+            if isinstance(address, UnixAddress):
+                stack.callback(Path(address.path).unlink, missing_ok=True)
+            sockets.append(sock)
+        yield sockets
+
+
+@contextlib.contextmanager
+def _pid_file(path: Path | None) -> Iterator[None]:
+    if path is None:
+        yield
+        return
+    try:
+        path.write_text(f"{os.getpid()}\n")
+    except OSError as error:
+        raise QtfsError(f"pid file {path}: {error.strerror}") from error
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _start_threads(server: Server, workers: int) -> list[threading.Thread]:
+    threading.stack_size(512 * 1024)
+    threads = [threading.Thread(target=server.work, name=f"worker-{i}", daemon=True) for i in range(workers)]
+    threads.append(threading.Thread(target=server.wait_for_locks, name="locks", daemon=True))
+    for thread in threads:
+        thread.start()
+    return threads
+
+
+def _reload(path: Path) -> None:
+    """Read the whitelist again; a bad one changes nothing."""
+    logs.notify("RELOADING=1")
+    try:
+        _load_rules(path)
+        log.info("%s read again", path)
+    except QtfsError as error:
+        log.error("the whitelist stays as it was: %s", error)
+    logs.notify("READY=1")
+
+
+def _obey_signals(server: Server, options: EngineOptions) -> None:
+    """Until it is time to end: reload, expire sessions."""
+    while True:
+        received = signal.sigtimedwait(_SIGNALS, _EXPIRY_PERIOD_S)
+        if received is None:
+            server.expire()
+        elif received.si_signo == signal.SIGHUP:
+            _reload(options.whitelist)
+        else:
+            log.info("%s: draining", signal.Signals(received.si_signo).name)
+            return
+
+
+def _drain(server: Server, threads: list[threading.Thread]) -> bool:
+    """Let every worker finish its request; False if one is stuck in the backing file system."""
+    logs.notify("STOPPING=1")
+    server.stop()
+    for thread in threads:
+        thread.join(_DRAIN_TIMEOUT_S)
+    return not any(thread.is_alive() for thread in threads)
+
+
+def run(options: EngineOptions) -> int:
+    """Serve until SIGTERM or SIGINT; the exit status. Raises QtfsError for what the user has to mend."""
+    _load_rules(options.whitelist)
+    key = _load_key(options)
+    limit = raise_descriptor_limit()
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    with _listening(options.listen, options.run_dir) as sockets, _pid_file(options.pid_file):
+        server = Server(key=key, grace_s=options.grace_s, descriptor_limit=limit)
+        for address, sock in zip(options.listen, sockets, strict=True):
+            server.listen(sock.fileno(), address.requires_authentication)
+        threads = _start_threads(server, options.workers)
+        print("qtfs engine: listening on", ", ".join(str(bound_address(s)) for s in sockets), flush=True)
+        logs.notify("READY=1")
+        _obey_signals(server, options)
+        drained = _drain(server, threads)
+    if not drained:
+        log.error("a request is stuck in the backing file system; ending all the same")
+        logging.shutdown()
+        os._exit(0)
+    return 0

@@ -1,0 +1,461 @@
+"""open, create, tmpfile, read, write, release, flush, fsync, fallocate, lseek, copy_file_range, ioctl.
+
+Sources: open(2), openat(2), pread(2), copy_file_range(2), fallocate(2), ioctl_iflags(2), <linux/fs.h>.
+"""
+from libc.errno cimport EACCES, EBADF, EEXIST, EINVAL, EISDIR, ELOOP, ENOENT, ENOTTY, ENXIO, EROFS, ESTALE, errno
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.string cimport memcpy
+
+from qtfs_common.protocol cimport KILL_PRIVILEGES, MAX_NAME, MAX_PAYLOAD, OPENED_CHANGED, OPENED_UNCACHED, RELEASE_FLOCK, \
+    copy_request, count_reply, create_reply, create_request, entry, fallocate_request, fsync_request, ioctl_reply, \
+    ioctl_request, lseek_reply, lseek_request, open_reply, open_request, read_request, release_request, write_request
+from qtfs_server.identity cimport act_as, act_as_root, drop_fsetid
+from qtfs_server.includes.linux cimport AT_EACCESS, AT_EMPTY_PATH, AT_FDCWD, O_ACCMODE, O_APPEND, O_CLOEXEC, O_CREAT, \
+    O_DSYNC, O_EXCL, O_NOATIME, O_NOCTTY, O_NOFOLLOW, O_NONBLOCK, O_PATH, O_RDONLY, O_SYNC, O_TMPFILE, O_TRUNC, \
+    S_IFDIR, S_IFLNK, S_IFREG, SYS_faccessat2, close, copy_file_range, dup, fallocate, fdatasync, fsync, ioctl, \
+    lseek, openat, pread, pwrite, statx_t, syscall, umask
+from qtfs_server.operations.locks cimport drop_locks, lock_given_back
+from qtfs_server.policy cimport ALLOW_CREATE, ALLOW_OPEN, ALLOW_READ, ALLOW_SETATTR, ALLOW_WRITE, place
+from qtfs_server.request cimport MALFORMED, as_caller, request, take_name
+from qtfs_server.session cimport HANDLE_WRITABLE, child_allowed, handle, handle_end, handle_new, handle_pin, \
+    handle_unpin, node, node_allowed, node_enter, node_enter_fd, node_pin, node_unpin, proc_path, session, signature, \
+    stat_fd
+
+cdef enum:
+    FOR_EXECUTION = 0x20            # __FMODE_EXEC of <linux/fs.h>: execve(2) opens what the caller may only execute
+    # What a client may ask for. O_DIRECT would demand alignment of our buffers; the client's own pages are not here.
+    PASSED_FLAGS = O_ACCMODE | O_APPEND | O_DSYNC | O_SYNC | O_NOATIME
+    LONGEST_COPY = 128 << 20        # of one COPY_FILE_RANGE, bytes: a worker is not to be busy for minutes
+    FS_IOC_GETFLAGS = 0x80086601
+    FS_IOC_SETFLAGS = 0x40086602
+    FS_IOC_FSGETXATTR = 0x801c581f
+    FS_IOC_FSSETXATTR = 0x401c5820
+
+
+# ---- opening -----------------------------------------------------------------------------------------------------
+
+cdef uint16_t _needed(uint32_t flags) noexcept nogil:
+    """Whitelist types that these open(2) flags call for."""
+    cdef uint32_t mode = flags & O_ACCMODE
+    cdef uint16_t needed = ALLOW_OPEN
+    if mode != 1:                   # O_WRONLY
+        needed |= ALLOW_READ
+    if mode != O_RDONLY or flags & O_TRUNC:
+        needed |= ALLOW_WRITE
+    return needed
+
+
+cdef bint _writes(uint32_t flags) noexcept nogil:
+    return (flags & O_ACCMODE) != O_RDONLY or (flags & O_TRUNC) != 0
+
+
+cdef int _grant(request *r, node *n, int fd, uint32_t flags, open_reply *out) noexcept nogil:
+    """Make the handle of an opened file, which is taken over. 0 or -errno."""
+    cdef statx_t st
+    cdef uint64_t id
+    cdef int error = stat_fd(fd, &st)
+    if error < 0:
+        close(fd)
+        return error
+    out.flags = OPENED_UNCACHED if flags & O_APPEND else 0
+    if n.seen != signature(&st):
+        out.flags |= OPENED_CHANGED
+    error = handle_new(r.s, n, fd, HANDLE_WRITABLE if (flags & O_ACCMODE) != O_RDONLY else 0, &id)
+    out.handle = id
+    out.reserved = 0
+    return error
+
+
+cdef int _open_fd(request *r, node *n, uint32_t flags, uint32_t kill) noexcept nogil:
+    """Open a regular file by its node, as the caller. A descriptor or -errno."""
+    cdef char link[32]
+    cdef int fd
+    if n.type != S_IFREG:           # a FIFO, device or socket must never be opened here
+        return -EISDIR if n.type == S_IFDIR else (-ELOOP if n.type == S_IFLNK else -ENXIO)
+    proc_path(link, n.fd)
+    as_caller(r)
+    if flags & FOR_EXECUTION and (flags & O_ACCMODE) == O_RDONLY and r.who.uid != 0:
+        if syscall(SYS_faccessat2, n.fd, b"", 1, AT_EMPTY_PATH | AT_EACCESS) < 0:
+            return -errno
+        act_as_root(r.me)           # to execute, a file need not be readable
+    if kill & KILL_PRIVILEGES and r.who.uid == 0:
+        drop_fsetid(r.me)
+    fd = openat(AT_FDCWD, link, (flags & (PASSED_FLAGS | O_TRUNC)) | O_CLOEXEC | O_NOCTTY)
+    return fd if fd >= 0 else -errno
+
+
+cdef int _open_node(request *r, node *n, uint32_t flags, uint32_t kill, open_reply *out) noexcept nogil:
+    cdef int fd, error = node_allowed(n, n.fd, _needed(flags))
+    if error == 0 and r.s.read_only and _writes(flags):
+        error = -EROFS
+    if error < 0:
+        return error
+    fd = _open_fd(r, n, flags, kill)
+    act_as_root(r.me)
+    return fd if fd < 0 else _grant(r, n, fd, flags, out)
+
+
+cdef int op_open(request *r) noexcept nogil:
+    """OPEN: open_request → open_reply."""
+    cdef open_request *body = <open_request *>r.body
+    cdef node *n
+    cdef int error
+    if r.body_bytes != sizeof(open_request):
+        return MALFORMED
+    error = node_pin(r.s, r.who.node, &n)
+    if error < 0:
+        return error
+    error = _open_node(r, n, body.flags, body.kill, <open_reply *>r.reply)
+    node_unpin(r.s, n)
+    r.reply_bytes = sizeof(open_reply)
+    return error
+
+
+cdef int _enter_opened(request *r, int fd, place where, entry *out) noexcept nogil:
+    """Count a lookup of a file just made, by its own descriptor: its name may mean another by now. 0 or -errno."""
+    cdef char link[32]
+    cdef statx_t st
+    cdef int path_fd, error
+    proc_path(link, fd)
+    path_fd = openat(AT_FDCWD, link, O_PATH | O_CLOEXEC)
+    if path_fd < 0:
+        return -errno
+    error = stat_fd(path_fd, &st)
+    if error < 0:
+        close(path_fd)
+        return error
+    return node_enter_fd(r.s, path_fd, &st, where, out)
+
+
+cdef int _grant_made(request *r, int fd, place where, uint32_t flags, create_reply *out) noexcept nogil:
+    """Entry and handle of a file just made, whose descriptor is taken over. 0 or -errno."""
+    cdef node *n
+    cdef int error
+    act_as_root(r.me)
+    error = _enter_opened(r, fd, where, &out.made)
+    if error == 0:
+        error = node_pin(r.s, out.made.node, &n)
+    if error < 0:
+        close(fd)
+        return error
+    error = _grant(r, n, fd, flags, &out.opened)
+    node_unpin(r.s, n)
+    r.reply_bytes = sizeof(create_reply)
+    return error
+
+
+cdef int _open_existing(request *r, node *parent, const char *name, size_t name_bytes, create_reply *out) noexcept nogil:
+    """CREATE of a name that another machine made first: open what is there, if it is a regular file."""
+    cdef create_request *body = <create_request *>r.body
+    cdef node *n
+    cdef int error = node_enter(r.s, parent, name, name_bytes, &out.made)
+    act_as_root(r.me)
+    if error == 0:
+        error = node_pin(r.s, out.made.node, &n)
+    if error < 0:
+        return error
+    if n.type != S_IFREG:
+        error = -ESTALE             # the client's kernel looks the name up again and then does the right thing
+    else:
+        error = _open_node(r, n, body.flags, body.kill, &out.opened)
+    if error < 0:
+        n.lookups -= 1              # the client is never told of it
+    node_unpin(r.s, n)
+    r.reply_bytes = sizeof(create_reply)
+    return error
+
+
+cdef int _create(request *r, node *parent, const char *name, size_t name_bytes) noexcept nogil:
+    cdef create_request *body = <create_request *>r.body
+    cdef place where
+    cdef int error, fd = -1
+    cdef int denied = child_allowed(r.s, parent, <const uint8_t *>name, name_bytes,
+                                    ALLOW_CREATE | _needed(body.flags), &where)
+    as_caller(r)
+    if denied == 0:
+        umask(r.who.umask)
+        fd = openat(parent.fd, name, (body.flags & PASSED_FLAGS) | O_CREAT | O_EXCL | O_NOFOLLOW | O_NOCTTY | O_CLOEXEC,
+                    body.mode & 0o7777)
+        denied = -errno if fd < 0 else 0
+        umask(0)
+    if fd >= 0:
+        return _grant_made(r, fd, where, body.flags, <create_reply *>r.reply)
+    if body.flags & O_EXCL or denied not in (-EEXIST, -EACCES, -EROFS):
+        return denied
+    # Why it failed is what opening the existing file says, or, if there is none, what creating it said.
+    error = _open_existing(r, parent, name, name_bytes, <create_reply *>r.reply)
+    return denied if error == -ENOENT and denied != -EEXIST else error
+
+
+cdef int op_create(request *r) noexcept nogil:
+    """CREATE: create_request, name → create_reply. Exclusive with O_EXCL, whoever else is at it."""
+    cdef char name[MAX_NAME + 1]
+    cdef size_t name_bytes = r.body_bytes - sizeof(create_request)
+    cdef node *parent
+    cdef int error
+    if r.body_bytes < sizeof(create_request):
+        return MALFORMED
+    error = take_name(r, sizeof(create_request), name_bytes, name)
+    if error == 0:
+        error = node_pin(r.s, r.who.node, &parent)
+    if error < 0:
+        return error
+    error = _create(r, parent, name, name_bytes)
+    node_unpin(r.s, parent)
+    return error
+
+
+cdef int op_tmpfile(request *r) noexcept nogil:
+    """TMPFILE: create_request → create_reply, of a file without a name (O_TMPFILE)."""
+    cdef create_request *body = <create_request *>r.body
+    cdef node *parent
+    cdef int fd, error
+    if r.body_bytes != sizeof(create_request):
+        return MALFORMED
+    if r.s.read_only:
+        return -EROFS
+    error = node_pin(r.s, r.who.node, &parent)
+    if error < 0:
+        return error
+    error = node_allowed(parent, parent.fd, ALLOW_CREATE | _needed(body.flags))
+    if error == 0:
+        as_caller(r)
+        umask(r.who.umask)
+        fd = openat(parent.fd, b".", O_TMPFILE | (body.flags & (PASSED_FLAGS | O_EXCL)) | O_CLOEXEC, body.mode & 0o7777)
+        error = -errno if fd < 0 else 0
+        umask(0)
+        if error == 0:
+            error = _grant_made(r, fd, parent.where, body.flags, <create_reply *>r.reply)
+    node_unpin(r.s, parent)
+    return error
+
+
+# ---- data --------------------------------------------------------------------------------------------------------
+
+cdef int op_read(request *r) noexcept nogil:
+    """READ: read_request → data; fewer bytes than asked only at the end of the file."""
+    cdef read_request *body = <read_request *>r.body
+    cdef handle *h
+    cdef ssize_t got
+    cdef int error
+    if r.body_bytes != sizeof(read_request) or body.size > MAX_PAYLOAD:
+        return MALFORMED
+    error = handle_pin(r.s, body.handle, &h)
+    if error < 0:
+        return error
+    error = node_allowed(h.node, h.fd, ALLOW_READ)
+    if error == 0:
+        got = pread(h.fd, r.reply, body.size, body.offset)
+        error = -errno if got < 0 else 0
+        r.reply_bytes = max(got, 0)
+    handle_unpin(r.s, h)
+    return error
+
+
+cdef void _as_writer(request *r, uint32_t kill) noexcept nogil:
+    """Writes are the caller's: suid and sgid go, and the blocks kept for root stay kept."""
+    if r.who.uid != 0:
+        act_as(r.me, r.who.uid, r.who.gid, NULL, 0)
+    elif kill & KILL_PRIVILEGES:
+        drop_fsetid(r.me)
+
+
+cdef int op_write(request *r) noexcept nogil:
+    """WRITE: write_request, data → count_reply. With O_APPEND at the end of the file, wherever that is by now."""
+    cdef write_request *body = <write_request *>r.body
+    cdef handle *h
+    cdef ssize_t done
+    cdef int error
+    if r.body_bytes < sizeof(write_request) or r.body_bytes != sizeof(write_request) + <size_t>body.size:
+        return MALFORMED
+    error = handle_pin(r.s, body.handle, &h)
+    if error < 0:
+        return error
+    error = node_allowed(h.node, h.fd, ALLOW_WRITE)
+    if error == 0:
+        _as_writer(r, body.flags)
+        done = pwrite(h.fd, r.body + sizeof(write_request), body.size, body.offset)
+        error = -errno if done < 0 else 0
+        (<count_reply *>r.reply).count = max(done, 0)
+        r.reply_bytes = sizeof(count_reply)
+    handle_unpin(r.s, h)
+    return error
+
+
+cdef int op_release(request *r) noexcept nogil:
+    """RELEASE, RELEASEDIR: release_request → nothing. Its flock(2) lock goes with the descriptor."""
+    cdef int error
+    if r.body_bytes != sizeof(release_request):
+        return MALFORMED
+    error = handle_end(r.s, (<release_request *>r.body).handle)
+    if (<release_request *>r.body).flags & RELEASE_FLOCK:
+        lock_given_back()
+    return error
+
+
+cdef int op_flush(request *r) noexcept nogil:
+    """FLUSH: release_request → nothing. A close(2): the owner's POSIX locks end, late write errors show."""
+    cdef release_request *body = <release_request *>r.body
+    cdef handle *h
+    cdef int fd, error
+    if r.body_bytes != sizeof(release_request):
+        return MALFORMED
+    error = handle_pin(r.s, body.handle, &h)
+    if error < 0:
+        return error
+    drop_locks(r.s, h.node, body.lock_owner)
+    if h.flags & HANDLE_WRITABLE:
+        fd = dup(h.fd)
+        if fd < 0 or close(fd) < 0:
+            error = -errno
+    handle_unpin(r.s, h)
+    return error
+
+
+cdef int op_fsync(request *r) noexcept nogil:
+    """FSYNC, FSYNCDIR: fsync_request → nothing; the data (and attributes) are on the server's disk."""
+    cdef fsync_request *body = <fsync_request *>r.body
+    cdef handle *h
+    cdef int error
+    if r.body_bytes != sizeof(fsync_request):
+        return MALFORMED
+    error = handle_pin(r.s, body.handle, &h)
+    if error < 0:
+        return error
+    if (fdatasync(h.fd) if body.datasync else fsync(h.fd)) < 0:
+        error = -errno
+    handle_unpin(r.s, h)
+    return error
+
+
+cdef int op_fallocate(request *r) noexcept nogil:
+    """FALLOCATE: fallocate_request → nothing. Modes as the backing file system knows them."""
+    cdef fallocate_request *body = <fallocate_request *>r.body
+    cdef handle *h
+    cdef int error
+    if r.body_bytes != sizeof(fallocate_request):
+        return MALFORMED
+    error = handle_pin(r.s, body.handle, &h)
+    if error < 0:
+        return error
+    error = node_allowed(h.node, h.fd, ALLOW_WRITE)
+    if error == 0:
+        _as_writer(r, 0)
+        if fallocate(h.fd, body.mode, body.offset, body.length) < 0:
+            error = -errno
+    handle_unpin(r.s, h)
+    return error
+
+
+cdef int op_lseek(request *r) noexcept nogil:
+    """LSEEK: lseek_request → lseek_reply, for SEEK_DATA and SEEK_HOLE."""
+    cdef lseek_request *body = <lseek_request *>r.body
+    cdef handle *h
+    cdef int64_t found
+    cdef int error
+    if r.body_bytes != sizeof(lseek_request):
+        return MALFORMED
+    error = handle_pin(r.s, body.handle, &h)
+    if error < 0:
+        return error
+    found = lseek(h.fd, body.offset, body.whence)
+    error = -errno if found < 0 else 0
+    (<lseek_reply *>r.reply).offset = found
+    r.reply_bytes = sizeof(lseek_reply)
+    handle_unpin(r.s, h)
+    return error
+
+
+cdef int _copy(request *r, handle *source, handle *destination, const copy_request *body) noexcept nogil:
+    cdef int64_t from_offset = body.offset_in, to_offset = body.offset_out
+    cdef ssize_t done
+    cdef int error = node_allowed(source.node, source.fd, ALLOW_READ)
+    if error == 0:
+        error = node_allowed(destination.node, destination.fd, ALLOW_WRITE)
+    if error < 0:
+        return error
+    _as_writer(r, KILL_PRIVILEGES)
+    done = copy_file_range(source.fd, &from_offset, destination.fd, &to_offset, min(body.length, <uint64_t>LONGEST_COPY),
+                           body.flags)
+    if done < 0:
+        return -errno
+    (<count_reply *>r.reply).count = done
+    r.reply_bytes = sizeof(count_reply)
+    return 0
+
+
+cdef int op_copy_file_range(request *r) noexcept nogil:
+    """COPY_FILE_RANGE: copy_request → count_reply. The data does not leave the server."""
+    cdef copy_request *body = <copy_request *>r.body
+    cdef handle *source
+    cdef handle *destination
+    cdef int error
+    if r.body_bytes != sizeof(copy_request):
+        return MALFORMED
+    error = handle_pin(r.s, body.handle_in, &source)
+    if error < 0:
+        return error
+    error = handle_pin(r.s, body.handle_out, &destination)
+    if error == 0:
+        error = _copy(r, source, destination, body)
+        handle_unpin(r.s, destination)
+    handle_unpin(r.s, source)
+    return error
+
+
+# ---- ioctl -------------------------------------------------------------------------------------------------------
+
+cdef int _ioctl_size(uint32_t command, bint *changes) noexcept nogil:
+    """Bytes that an allowed command reads or writes, or -ENOTTY."""
+    changes[0] = command == FS_IOC_SETFLAGS or command == FS_IOC_FSSETXATTR
+    if command == FS_IOC_GETFLAGS or command == FS_IOC_SETFLAGS:
+        return sizeof(int32_t)      # <linux/fs.h>: the command says long, the kernel transfers an int
+    if command == FS_IOC_FSGETXATTR or command == FS_IOC_FSSETXATTR:
+        return 28                   # struct fsxattr
+    return -ENOTTY
+
+
+cdef int _ioctl(request *r, handle *h, size_t size, bint changes) noexcept nogil:
+    cdef ioctl_request *body = <ioctl_request *>r.body
+    cdef ioctl_reply *out = <ioctl_reply *>r.reply
+    cdef uint64_t room[4]
+    cdef int error = node_allowed(h.node, h.fd, ALLOW_SETATTR) if changes else 0
+    if error == 0 and changes and r.s.read_only:
+        error = -EROFS
+    if error < 0:
+        return error
+    room[0] = 0
+    if changes:
+        memcpy(room, r.body + sizeof(ioctl_request), min(size, <size_t>body.in_size))
+    as_caller(r)
+    out.result = ioctl(h.fd, body.command, room)
+    if out.result < 0:
+        return -errno
+    out.reserved = 0
+    r.reply_bytes = sizeof(ioctl_reply)
+    if not changes:
+        size = min(sizeof(room), <size_t>body.out_size)
+        memcpy(r.reply + sizeof(ioctl_reply), room, size)
+        r.reply_bytes += size
+    return 0
+
+
+cdef int op_ioctl(request *r) noexcept nogil:
+    """IOCTL: ioctl_request, in data → ioctl_reply, out data. Inode flags and project ids; every other is ENOTTY."""
+    cdef ioctl_request *body = <ioctl_request *>r.body
+    cdef handle *h
+    cdef bint changes
+    cdef int size, error
+    if r.body_bytes < sizeof(ioctl_request) or r.body_bytes != sizeof(ioctl_request) + <size_t>body.in_size:
+        return MALFORMED
+    size = _ioctl_size(body.command, &changes)
+    if size < 0:
+        return size
+    if changes and body.in_size < <uint32_t>size or not changes and body.out_size < <uint32_t>size:
+        return -EINVAL
+    error = handle_pin(r.s, body.handle, &h)
+    if error < 0:
+        return error
+    error = _ioctl(r, h, size, changes)
+    handle_unpin(r.s, h)
+    return error

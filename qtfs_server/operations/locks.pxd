@@ -1,0 +1,18 @@
+"""File locks: fcntl(2) and flock(2)."""
+from libc.stdint cimport uint64_t
+from qtfs_server.request cimport request
+from qtfs_server.session cimport node, session
+
+cdef int op_getlk(request *r) noexcept nogil
+cdef int op_setlk(request *r) noexcept nogil
+cdef int op_setlkw(request *r) noexcept nogil
+cdef void lock_given_back() noexcept nogil
+cdef void drop_locks(session *s, node *n, uint64_t owner) noexcept nogil
+cdef void cancel_wait(session *s, uint64_t tag) noexcept nogil
+cdef void abandon_waits(session *s) noexcept nogil
+
+# How a granted, refused or cancelled wait is answered; worker.pyx sets it.
+ctypedef void (*answer_function)(session *s, uint64_t tag, int error) noexcept nogil
+cdef void set_answer(answer_function answer) noexcept nogil
+cdef void wait_for_locks() noexcept nogil
+cdef void stop_waiting_for_locks() noexcept nogil

@@ -1,0 +1,67 @@
+"""Connections, the shared epoll, worker threads."""
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
+
+from qtfs_common.transport cimport channel, message
+from qtfs_server.dispatch cimport counters
+from qtfs_server.identity cimport identity
+from qtfs_server.includes.linux cimport pthread_mutex_t
+from qtfs_server.session cimport session
+
+cdef enum source_kind:              # what an epoll event comes from
+    SOURCE_CONNECTION = 1
+    SOURCE_LISTENER = 2
+    SOURCE_STOP = 3
+
+cdef enum connection_state:
+    STATE_NEW = 0                   # HELLO must come
+    STATE_GREETED = 1               # AUTHENTICATE must come
+    STATE_TRUSTED = 2               # MOUNT or ATTACH must come
+    STATE_SLOT = 3
+    STATE_EVENT = 4
+
+cdef struct connection:
+    int kind
+    channel ch
+    int state
+    bint needs_authentication
+    uint8_t client_nonce[32]
+    uint8_t server_nonce[32]
+    session *s                      # a counted reference
+    uint32_t slot
+    int64_t since_us
+    pthread_mutex_t send_guard      # event channel: replies come from several threads. Taken below session.guard
+    connection *next
+    connection *previous
+
+cdef struct listener:
+    int kind
+    int fd
+    bint needs_authentication
+
+cdef struct worker:
+    identity me
+    uint8_t *inbox
+    uint8_t *outbox
+    uint8_t *scratch
+    counters count
+    int spin_credit                 # positive while spinning pays
+
+cdef class Server:
+    cdef int epoll_fd
+    cdef int stop_fd
+    cdef int spare_fd               # given up to accept and refuse a connection when descriptors have run out
+    cdef int listener_count
+    cdef listener listeners[64]
+    cdef listener stop_source
+    cdef list workers
+    cdef dict sessions
+    cdef object key
+    cdef readonly double grace_s
+    cdef bint stopping
+    cdef int _session_message(self, connection *c, const message *msg) except -2
+    cdef bytes _hello(self, connection *c, bytes body)
+    cdef bytes _authenticate(self, connection *c, bytes body)
+    cdef bytes _mount(self, connection *c, bytes body)
+    cdef bytes _attach(self, connection *c, bytes body)
+    cdef int _bind(self, connection *c, session *s, uint32_t slot) except -1
+    cdef int _end_session(self, session *s) except -1

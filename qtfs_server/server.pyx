@@ -1,0 +1,711 @@
+"""Connections and the worker threads that serve them.
+
+All workers wait on one epoll. A connection is armed EPOLLONESHOT, so the worker that wakes for it owns it: it reads,
+executes and answers, looks a little longer for the next request (waking an idle core costs more than a whole request),
+and arms it again. Only session messages (HELLO, MOUNT, …) touch Python.
+
+Lock order: _connections_guard, session.guard, connection.send_guard.
+Who owns what: a connection belongs to the worker that holds its one-shot event; others may only shutdown(2) it, under
+session.guard (attached ones) or _connections_guard, which its owner takes before it frees it.
+"""
+from libc.errno cimport EACCES, EAGAIN, EINTR, EINVAL, EMFILE, ENFILE, EPERM, EPROTO, EPROTONOSUPPORT, ESTALE, errno
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free, malloc
+from libc.string cimport memcpy, memset
+
+from qtfs_common.protocol cimport *
+from qtfs_common.transport cimport WAIT_READABLE, channel, lend_buffers, message, now_us, park, socket_channel_init
+from qtfs_server.dispatch cimport SLOT_BUSY, counters, execute, execute_in_slot
+from qtfs_server.identity cimport identity_init
+from qtfs_server.includes.linux cimport atomic_add_int, atomic_load_int, close, pthread_mutex_destroy, \
+    pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock
+from qtfs_server.operations.locks cimport abandon_waits, cancel_wait, set_answer, stop_waiting_for_locks, \
+    wait_for_locks
+from qtfs_server.policy cimport ALLOW_MOUNT, path_place, place, count_denial
+from qtfs_server.request cimport DEFERRED, MALFORMED, SCRATCH_BYTES
+from qtfs_server.session cimport session, session_free, session_new, root_enter
+from qtfs_server cimport session as session_module
+
+import hmac
+import logging
+import os
+import secrets
+import socket
+import struct
+
+from qtfs_common import auth
+from qtfs_common.addresses import tune_socket
+from qtfs_common.protocol import OPERATION_NAMES
+
+cdef extern from "<sys/epoll.h>" nogil:
+    enum:
+        EPOLLIN
+        EPOLLOUT
+        EPOLLRDHUP
+        EPOLLONESHOT
+        EPOLLEXCLUSIVE
+        EPOLL_CTL_ADD
+        EPOLL_CTL_MOD
+        EPOLL_CLOEXEC
+    ctypedef union epoll_data_t:
+        void *ptr
+    struct epoll_event:
+        uint32_t events
+        epoll_data_t data
+    int epoll_create1(int)
+    int epoll_ctl(int, int, int, epoll_event *)
+    int epoll_wait(int, epoll_event *, int, int)
+
+cdef extern from "<sys/eventfd.h>" nogil:
+    enum:
+        EFD_CLOEXEC
+    int eventfd(unsigned int, int)
+
+cdef extern from "<sys/socket.h>" nogil:
+    enum:
+        SOCK_CLOEXEC
+        SOCK_NONBLOCK
+        SHUT_RD
+        SHUT_RDWR
+        MSG_NOSIGNAL
+    int accept4(int, void *, void *, int)
+    int shutdown(int, int)
+    ssize_t send(int, const void *, size_t, int)
+
+cdef extern from "<poll.h>" nogil:
+    struct pollfd:
+        int fd
+        short events
+        short revents
+    enum:
+        POLLOUT
+    int poll(pollfd *, unsigned long, int)
+
+cdef extern from "<sched.h>" nogil:
+    int sched_yield()
+
+cdef extern from "<unistd.h>" nogil:
+    ssize_t write(int, const void *, size_t)
+    int usleep(unsigned int)
+
+cdef enum:
+    BUFFER_BYTES = MAX_MESSAGE + 8192
+    SPIN_US = 200                   # how long to look for the next request; below 100 it costs more than it gains
+    SPIN_CREDIT = 16                # fruitless spins until a worker stops spinning for a while
+    PARTIAL_WAIT_US = 10000         # how long a worker waits for the rest of a message that is on its way
+    EVENT_SEND_TIMEOUT_MS = 5000    # an event channel whose peer does not read is cut
+    EXECUTING_POLL_US = 1000
+    UNATTACHED_TIMEOUT_US = 60000000
+
+log = logging.getLogger(__name__)
+
+cdef pthread_mutex_t _connections_guard
+cdef connection *_connections = NULL
+cdef int32_t _connection_count = 0
+cdef int32_t _spinning = 0
+cdef int32_t _spinning_at_most = 1
+pthread_mutex_init(&_connections_guard, NULL)
+
+
+# ---- life of a connection ------------------------------------------------------------------------------------------
+
+cdef connection *_connection_new(int fd, bint needs_authentication) noexcept nogil:
+    """A connection for an accepted socket, listed; NULL without memory."""
+    global _connections
+    cdef connection *c = <connection *>calloc(1, sizeof(connection))
+    if c == NULL:
+        return NULL
+    c.kind = SOURCE_CONNECTION
+    c.needs_authentication = needs_authentication
+    c.since_us = now_us()
+    socket_channel_init(&c.ch, fd)
+    pthread_mutex_init(&c.send_guard, NULL)
+    pthread_mutex_lock(&_connections_guard)
+    c.next = _connections
+    if _connections != NULL:
+        _connections.previous = c
+    _connections = c
+    pthread_mutex_unlock(&_connections_guard)
+    atomic_add_int(&_connection_count, 1)
+    atomic_add_int(&session_module.descriptors, 1)
+    return c
+
+
+cdef void _unlist(connection *c) noexcept nogil:
+    global _connections
+    pthread_mutex_lock(&_connections_guard)
+    if c.previous != NULL:
+        c.previous.next = c.next
+    else:
+        _connections = c.next
+    if c.next != NULL:
+        c.next.previous = c.previous
+    pthread_mutex_unlock(&_connections_guard)
+
+
+cdef void _leave_session(connection *c) noexcept nogil:
+    """Give up the slot or event channel, and the reference."""
+    cdef session *s = c.s
+    if s == NULL:
+        return
+    pthread_mutex_lock(&s.guard)
+    if c.state == STATE_EVENT and s.event == c:
+        s.event = NULL
+    elif c.state == STATE_SLOT and s.slot_table[c.slot].connection == c:
+        s.slot_table[c.slot].connection = NULL
+    s.connections -= 1
+    s.idle_since_us = now_us()
+    pthread_mutex_unlock(&s.guard)
+    pthread_mutex_lock(&c.send_guard)       # an answer of another thread may be on its way
+    pthread_mutex_unlock(&c.send_guard)
+    c.s = NULL
+    _unref(s)
+
+
+cdef void _unref(session *s) noexcept nogil:
+    if atomic_add_int(&s.references, -1) == 0:
+        abandon_waits(s)
+        session_free(s)
+
+
+cdef void _connection_free(connection *c) noexcept nogil:
+    _leave_session(c)
+    _unlist(c)
+    c.ch.ops.close(&c.ch)
+    pthread_mutex_destroy(&c.send_guard)
+    free(c)
+    atomic_add_int(&_connection_count, -1)
+    atomic_add_int(&session_module.descriptors, -1)
+
+
+# ---- the event channel's replies -----------------------------------------------------------------------------------
+
+cdef bint _send_all(int fd, const uint8_t *data, size_t size) noexcept nogil:
+    """Send a short message whole, whatever thread we are on; False if the peer does not take it."""
+    cdef pollfd writable
+    cdef ssize_t sent
+    while size > 0:
+        sent = send(fd, data, size, MSG_NOSIGNAL)
+        if sent > 0:
+            data += sent
+            size -= sent
+            continue
+        if errno == EINTR:
+            continue
+        writable.fd = fd
+        writable.events = POLLOUT
+        if errno != EAGAIN or poll(&writable, 1, EVENT_SEND_TIMEOUT_MS) <= 0:
+            return False
+    return True
+
+
+cdef void _event_reply(connection *c, uint16_t op, uint64_t tag, int error) noexcept nogil:
+    """Reply without a body on an event channel. The caller owns the connection or holds its send_guard."""
+    cdef header head
+    memset(&head, 0, sizeof(head))
+    head.length = sizeof(header)
+    head.op = op
+    head.flags = MESSAGE_REPLY
+    head.error = -error
+    head.tag = tag
+    head.slot = EVENT_SLOT
+    if not _send_all(c.ch.fd, <const uint8_t *>&head, sizeof(head)):
+        shutdown(c.ch.fd, SHUT_RDWR)
+
+
+cdef void _own_event_reply(connection *c, uint16_t op, uint64_t tag, int error) noexcept nogil:
+    pthread_mutex_lock(&c.send_guard)
+    _event_reply(c, op, tag, error)
+    pthread_mutex_unlock(&c.send_guard)
+
+
+cdef void _answer_wait(session *s, uint64_t tag, int error) noexcept nogil:
+    """Reply to a SETLKW from the thread that tries locks. Without an event channel the client will ask again."""
+    cdef connection *c
+    pthread_mutex_lock(&s.guard)
+    c = <connection *>s.event
+    if c != NULL:
+        pthread_mutex_lock(&c.send_guard)
+    pthread_mutex_unlock(&s.guard)
+    if c != NULL:
+        _event_reply(c, OP_SETLKW, tag, error)
+        pthread_mutex_unlock(&c.send_guard)
+
+
+cdef int _serve_event(worker *w, connection *c, const message *msg) noexcept nogil:
+    """One message of an event channel. 0 or -EPROTO."""
+    cdef size_t ignored = 0
+    cdef int result
+    if msg.head.op == OP_PING and msg.body_bytes == 0:
+        _own_event_reply(c, OP_PING, msg.head.tag, 0)
+        return 0
+    if msg.head.op == OP_CANCEL and msg.body_bytes == 0:
+        cancel_wait(c.s, msg.head.tag)
+        return 0
+    if msg.head.op != OP_SETLKW:
+        return -EPROTO
+    result = execute(c.s, &w.me, w.scratch, &w.count, msg, False, w.outbox, BUFFER_BYTES, &ignored)
+    if result == MALFORMED:
+        return -EPROTO
+    if result != DEFERRED:
+        _own_event_reply(c, OP_SETLKW, msg.head.tag, result)
+    return 0
+
+
+# ---- slot channels ---------------------------------------------------------------------------------------------------
+
+cdef int _serve_slot(worker *w, connection *c, const message *msg) noexcept nogil:
+    """One request of a slot channel. 0, -EAGAIN (the reply is not all gone yet) or another -errno."""
+    cdef uint8_t *out = c.ch.ops.reserve(&c.ch, BUFFER_BYTES)
+    cdef size_t size = 0
+    cdef int result = SLOT_BUSY
+    while True:
+        result = execute_in_slot(c.s, c.slot, &w.me, w.scratch, &w.count, msg, out, BUFFER_BYTES, &size)
+        if result != SLOT_BUSY or c.s.slot_table[c.slot].connection != c:
+            break
+        usleep(EXECUTING_POLL_US)   # the connection that brought this request first was cut while it was executed
+    if result < 0:
+        return -EPROTO
+    return c.ch.ops.commit(&c.ch, size, NULL, 0)
+
+
+# ---- the worker's loop -----------------------------------------------------------------------------------------------
+
+cdef bint _may_spin(worker *w) noexcept nogil:
+    """Whether looking for the next request is likely to pay: it lately did, and cores are left for others."""
+    if w.spin_credit <= 0:
+        w.spin_credit += 1
+        return False
+    if atomic_add_int(&_spinning, 1) > _spinning_at_most:
+        atomic_add_int(&_spinning, -1)
+        return False
+    return True
+
+
+cdef int _spin(worker *w, connection *c, message *msg) noexcept nogil:
+    """Look for the next request for a while; the result of the last receive."""
+    cdef int64_t deadline
+    cdef int found = 0
+    if not _may_spin(w):
+        return 0
+    deadline = now_us() + SPIN_US
+    while found == 0 and now_us() < deadline:
+        sched_yield()               # somebody else's turn comes first
+        found = c.ch.ops.receive(&c.ch, msg)
+    atomic_add_int(&_spinning, -1)
+    if found == 1:
+        w.spin_credit = SPIN_CREDIT
+    else:
+        w.spin_credit -= 1
+        if w.spin_credit == 0:
+            w.spin_credit = -SPIN_CREDIT
+    return found
+
+
+cdef int _receive(worker *w, connection *c, message *msg, bint served) noexcept nogil:
+    """The next message: 1; 0: none now; or -errno."""
+    cdef int found = c.ch.ops.receive(&c.ch, msg)
+    while found == 0 and c.ch.end > c.ch.begin and c.ch.ops.wait(&c.ch, WAIT_READABLE, -1, PARTIAL_WAIT_US):
+        found = c.ch.ops.receive(&c.ch, msg)
+    if found == 0 and served and c.ch.end == c.ch.begin:
+        found = _spin(w, c, msg)
+    return found
+
+
+cdef int _serve_message(Server server, worker *w, connection *c, const message *msg) noexcept nogil:
+    if msg.head.flags & MESSAGE_REPLY:
+        return -EPROTO
+    if msg.head.op >= OP_LOOKUP and c.state == STATE_SLOT:
+        return _serve_slot(w, c, msg)
+    if c.state == STATE_EVENT and msg.head.op != OP_DETACH:
+        return _serve_event(w, c, msg)
+    with gil:
+        return server._session_message(c, msg)
+
+
+cdef int _serve(Server server, worker *w, connection *c) noexcept nogil:
+    """Serve a connection as long as messages keep coming. 0: wait for more; EPOLLOUT: for room; -errno: close it."""
+    cdef message msg
+    cdef bint served = False
+    cdef int result = c.ch.ops.flush(&c.ch)
+    if result == -EAGAIN:
+        return EPOLLOUT
+    while result == 0 and not server.stopping:
+        result = _receive(w, c, &msg, served)
+        if result <= 0:
+            return result
+        served = True
+        result = _serve_message(server, w, c, &msg)
+        if result == -EPROTO:
+            w.count.malformed += 1
+    return EPOLLOUT if result == -EAGAIN else result
+
+
+cdef void _arm(Server server, connection *c, uint32_t events, int how) noexcept nogil:
+    cdef epoll_event event
+    event.events = events | EPOLLRDHUP | EPOLLONESHOT
+    event.data.ptr = c
+    epoll_ctl(server.epoll_fd, how, c.ch.fd, &event)
+
+
+cdef void _serve_connection(Server server, worker *w, connection *c) noexcept nogil:
+    cdef int result
+    lend_buffers(&c.ch, w.inbox, BUFFER_BYTES, w.outbox, BUFFER_BYTES)
+    result = _serve(server, w, c)
+    if result >= 0 and park(&c.ch) == 0:
+        _arm(server, c, EPOLLOUT if result == EPOLLOUT else EPOLLIN, EPOLL_CTL_MOD)
+    else:
+        _connection_free(c)
+
+
+cdef void _accept(Server server, listener *from_) noexcept nogil:
+    """Accept one connection; the others wake other workers."""
+    cdef connection *c
+    cdef int fd = accept4(from_.fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK)
+    if fd < 0:
+        if errno in (EMFILE, ENFILE):
+            _refuse_one(server, from_.fd)
+        return
+    if atomic_load_int(&_connection_count) > session_module.descriptor_limit // 4 * 3:
+        close(fd)
+        return
+    with gil:
+        _tune(fd)
+    c = _connection_new(fd, from_.needs_authentication)
+    if c == NULL:
+        close(fd)
+    else:
+        _arm(server, c, EPOLLIN, EPOLL_CTL_ADD)
+
+
+cdef void _refuse_one(Server server, int listening) noexcept nogil:
+    """Out of descriptors: end one waiting connection instead of being woken for it for ever."""
+    close(server.spare_fd)
+    close(accept4(listening, NULL, NULL, SOCK_CLOEXEC))
+    server.spare_fd = eventfd(0, EFD_CLOEXEC)
+
+
+cdef int _tune(int fd) except -1:
+    sock = socket.socket(fileno=fd)
+    try:
+        tune_socket(sock)
+    except OSError as error:
+        log.debug("an accepted socket could not be tuned: %s", error)
+    sock.detach()
+    return 0
+
+
+cdef void _work(Server server, worker *w) noexcept nogil:
+    cdef epoll_event event
+    while not server.stopping:
+        if epoll_wait(server.epoll_fd, &event, 1, -1) <= 0:
+            continue
+        if (<listener *>event.data.ptr).kind == SOURCE_CONNECTION:
+            _serve_connection(server, w, <connection *>event.data.ptr)
+        elif (<listener *>event.data.ptr).kind == SOURCE_LISTENER:
+            _accept(server, <listener *>event.data.ptr)
+
+
+cdef worker *_worker_new() noexcept nogil:
+    cdef worker *w = <worker *>calloc(1, sizeof(worker))
+    if w == NULL:
+        return NULL
+    w.inbox = <uint8_t *>malloc(BUFFER_BYTES)
+    w.outbox = <uint8_t *>malloc(BUFFER_BYTES)
+    w.scratch = <uint8_t *>malloc(SCRATCH_BYTES)
+    w.spin_credit = SPIN_CREDIT
+    return w if w.inbox != NULL and w.outbox != NULL and w.scratch != NULL else NULL
+
+
+class Refused(Exception):
+    """A session message that is answered with an errno."""
+
+    def __init__(self, error: int, body: bytes = b"") -> None:
+        super().__init__(os.strerror(error))
+        self.error = error
+        self.body = body
+
+
+cdef class Server:
+    """All that the engine's threads share. Threads are the caller's: each runs `work` or `wait_for_locks`."""
+
+    def __cinit__(self):
+        self.epoll_fd = self.stop_fd = self.spare_fd = -1
+
+    def __init__(self, *, key: bytes | None = None, grace_s: float = 90.0, descriptor_limit: int = 1024) -> None:
+        """`key`: the shared secret of addresses that demand authentication; `descriptor_limit`: RLIMIT_NOFILE."""
+        cdef epoll_event event
+        global _spinning_at_most
+        self.workers = []
+        self.sessions = {}
+        self.key = key
+        self.grace_s = grace_s
+        session_module.descriptor_limit = descriptor_limit
+        _spinning_at_most = max(1, (os.cpu_count() or 1) // 2)
+        set_answer(_answer_wait)
+        self.epoll_fd = epoll_create1(EPOLL_CLOEXEC)
+        self.stop_fd = eventfd(0, EFD_CLOEXEC)
+        self.spare_fd = eventfd(0, EFD_CLOEXEC)
+        if min(self.epoll_fd, self.stop_fd, self.spare_fd) < 0:
+            raise OSError(errno, os.strerror(errno))
+        self.stop_source.kind = SOURCE_STOP
+        event.events = EPOLLIN
+        event.data.ptr = &self.stop_source
+        epoll_ctl(self.epoll_fd, EPOLL_CTL_ADD, self.stop_fd, &event)
+
+    def listen(self, int fd, bint needs_authentication) -> None:
+        """Serve connections of a listening, non-blocking socket, which stays the caller's."""
+        cdef epoll_event event
+        cdef listener *added = &self.listeners[self.listener_count]
+        if self.listener_count == 64:
+            raise ValueError("at most 64 addresses")
+        self.listener_count += 1
+        added.kind = SOURCE_LISTENER
+        added.fd = fd
+        added.needs_authentication = needs_authentication
+        event.events = EPOLLIN | EPOLLEXCLUSIVE
+        event.data.ptr = added
+        if epoll_ctl(self.epoll_fd, EPOLL_CTL_ADD, fd, &event) < 0:
+            raise OSError(errno, os.strerror(errno))
+
+    def work(self) -> None:
+        """Body of a worker thread; returns after `stop`."""
+        cdef worker *w = _worker_new()
+        cdef int error
+        if w == NULL:
+            raise MemoryError
+        error = identity_init(&w.me)
+        if error < 0:
+            raise OSError(-error, os.strerror(-error))
+        self.workers.append(<size_t>w)
+        with nogil:
+            _work(self, w)
+
+    def wait_for_locks(self) -> None:
+        """Body of the thread that tries waiting lock requests again; returns after `stop`."""
+        with nogil:
+            wait_for_locks()
+
+    def stop(self) -> None:
+        """Let every thread finish what it is executing and return."""
+        cdef uint64_t one = 1
+        self.stopping = True
+        write(self.stop_fd, &one, sizeof(one))
+        stop_waiting_for_locks()
+
+    # ---- session messages ----
+
+    cdef int _session_message(self, connection *c, const message *msg) except -2:
+        """Answer HELLO, AUTHENTICATE, MOUNT, ATTACH, DETACH, PING. 0, -EAGAIN or another -errno."""
+        cdef bytes body = (<char *>msg.body)[:msg.body_bytes]
+        cdef bytes reply = b""
+        cdef int error = 0
+        try:
+            if msg.head.op == OP_HELLO and c.state == STATE_NEW:
+                reply = self._hello(c, body)
+            elif msg.head.op == OP_AUTHENTICATE and c.state == STATE_GREETED:
+                reply = self._authenticate(c, body)
+            elif msg.head.op == OP_MOUNT and c.state == STATE_TRUSTED:
+                reply = self._mount(c, body)
+            elif msg.head.op == OP_ATTACH and c.state == STATE_TRUSTED:
+                reply = self._attach(c, body)
+            elif msg.head.op == OP_DETACH and c.s != NULL and not body:
+                self._end_session(c.s)
+            elif msg.head.op != OP_PING or body or c.state == STATE_NEW:
+                log.warning("a peer sent %s where it must not; its connection is closed",
+                            OPERATION_NAMES.get(msg.head.op, f"operation {msg.head.op}"))
+                return -EPROTO
+        except Refused as refused:
+            error = refused.error
+            reply = refused.body
+        except OSError as failed:
+            error = failed.errno or EPROTO
+        except Exception:
+            log.exception("a session message could not be answered")
+            return -EPROTO
+        return _reply(c, msg.head.op, msg.head.tag, error, reply)
+
+    cdef bytes _hello(self, connection *c, bytes body):
+        """Agree on a version. A peer with no version in common gets EPROTONOSUPPORT and, in the body, what we speak."""
+        magic, oldest, newest, _, _, nonce = _unpack("<IHHII32s", body)
+        if magic != HELLO_MAGIC:
+            raise Refused(EPROTO)
+        server_nonce = auth.new_nonce()
+        welcome = struct.pack("<HHIII32s", PROTOCOL_VERSION, c.needs_authentication, 0, MAX_PAYLOAD, MAX_SLOTS, server_nonce)
+        memcpy(c.client_nonce, <const char *>nonce, NONCE_BYTES)
+        memcpy(c.server_nonce, <const char *>server_nonce, NONCE_BYTES)
+        if not oldest <= PROTOCOL_VERSION <= newest:
+            raise Refused(EPROTONOSUPPORT, welcome)
+        c.state = STATE_GREETED if c.needs_authentication else STATE_TRUSTED
+        return welcome
+
+    cdef bytes _authenticate(self, connection *c, bytes body):
+        """Check the client's proof that it has the key, and prove the same to it."""
+        client_nonce = c.client_nonce[:NONCE_BYTES]
+        server_nonce = c.server_nonce[:NONCE_BYTES]
+        if self.key is None or not auth.verify(body, self.key, auth.CLIENT, client_nonce, server_nonce, client_nonce + server_nonce):
+            log.warning("a client failed to authenticate")
+            c.state = STATE_NEW
+            raise Refused(EACCES)
+        c.state = STATE_TRUSTED
+        return auth.proof(self.key, auth.SERVER, client_nonce, server_nonce, client_nonce + server_nonce)
+
+    cdef bytes _mount(self, connection *c, bytes body):
+        """Open the source, ask the whitelist, begin a session whose slot 0 this connection is."""
+        flags, slots = _unpack("<II", body[:sizeof(mount_request)])
+        path = body[sizeof(mount_request):]
+        if not 1 <= slots <= MAX_SLOTS or not path.startswith(b"/") or b"\0" in path or len(path) >= MAX_PATH:
+            raise Refused(EINVAL)
+        cdef int fd = _open_source(path)
+        cdef bytes secret = secrets.token_bytes(SECRET_BYTES)
+        cdef uint64_t id = secrets.randbits(63) | 1
+        cdef bytes real = os.fsencode(os.readlink(f"/proc/self/fd/{fd}"))
+        cdef session *s = session_new(id, <const uint8_t *><const char *>secret, secrets.randbits(31), slots)
+        if s == NULL:
+            os.close(fd)
+            raise MemoryError
+        s.read_only = flags & MOUNT_READ_ONLY
+        cdef int error = root_enter(s, fd, path_place(<const char *>real))
+        if error < 0:
+            session_free(s)
+            raise Refused(-error)
+        self.sessions[id] = <size_t>s
+        self._bind(c, s, 0)
+        log.info("session %016x: %s", id, os.fsdecode(real))
+        return struct.pack("<Q32sII", id, secret, slots, int(self.grace_s))
+
+    cdef bytes _attach(self, connection *c, bytes body):
+        """Give a slot or the event channel of a session to this connection; an older holder is cut off."""
+        id, secret, slot, _ = _unpack("<Q32sII", body)
+        cdef session *s
+        if id not in self.sessions:
+            raise Refused(ESTALE)
+        s = <session *><size_t>self.sessions[id]
+        if not hmac.compare_digest(s.secret[:SECRET_BYTES], secret):
+            raise Refused(EACCES)
+        if slot != EVENT_SLOT and slot >= s.slots:
+            raise Refused(EINVAL)
+        self._bind(c, s, slot)
+        return struct.pack("<Q", 0 if slot == EVENT_SLOT else s.slot_table[<uint32_t>slot].sequence)
+
+    cdef int _bind(self, connection *c, session *s, uint32_t slot) except -1:
+        cdef connection *older
+        atomic_add_int(&s.references, 1)
+        c.slot = slot
+        c.ch.limit = MAX_MESSAGE
+        pthread_mutex_lock(&s.guard)
+        if slot == EVENT_SLOT:
+            older = <connection *>s.event
+            s.event = c
+        else:
+            older = <connection *>s.slot_table[slot].connection
+            s.slot_table[slot].connection = c
+        if older != NULL:
+            shutdown(older.ch.fd, SHUT_RDWR)
+        s.connections += 1
+        c.s = s
+        c.state = STATE_EVENT if slot == EVENT_SLOT else STATE_SLOT
+        pthread_mutex_unlock(&s.guard)
+        return 0
+
+    cdef int _end_session(self, session *s) except -1:
+        """Forget a session and cut its connections; the last of them frees it."""
+        cdef connection *c
+        cdef uint32_t slot
+        if self.sessions.pop(s.id, None) is None:
+            return 0
+        log.info("session %016x: ended", s.id)
+        pthread_mutex_lock(&s.guard)
+        for slot in range(s.slots + 1):
+            c = <connection *>(s.event if slot == s.slots else s.slot_table[slot].connection)
+            if c != NULL:
+                shutdown(c.ch.fd, SHUT_RD)      # the reply to DETACH still goes out
+        pthread_mutex_unlock(&s.guard)
+        with nogil:
+            abandon_waits(s)
+            _unref(s)
+        return 0
+
+    # ---- housekeeping, figures ----
+
+    def expire(self) -> None:
+        """End sessions without connections whose grace time is over, and connections that never said who they are."""
+        cdef session *s
+        cdef connection *c
+        cdef int64_t now = now_us()
+        for id in list(self.sessions):
+            s = <session *><size_t>self.sessions[id]
+            if s.connections == 0 and now - s.idle_since_us > <int64_t>(self.grace_s * 1e6):
+                log.warning("session %016x: its client is gone for %g s", id, self.grace_s)
+                self._end_session(s)
+        pthread_mutex_lock(&_connections_guard)
+        c = _connections
+        while c != NULL:
+            if c.state < STATE_SLOT and now - c.since_us > UNATTACHED_TIMEOUT_US:
+                shutdown(c.ch.fd, SHUT_RDWR)
+            c = c.next
+        pthread_mutex_unlock(&_connections_guard)
+
+    def figures(self) -> dict[str, object]:
+        """Counters since the start: requests and errors by operation, sessions with what they hold, descriptors."""
+        cdef worker *w
+        cdef session *s
+        requests: dict[str, int] = {}
+        errors: dict[str, int] = {}
+        cdef uint64_t malformed = 0, repeated = 0
+        for address in self.workers:
+            w = <worker *><size_t>address
+            malformed += w.count.malformed
+            repeated += w.count.repeated
+            for number, name in OPERATION_NAMES.items():
+                if w.count.requests[<int>number]:
+                    requests[name] = requests.get(name, 0) + w.count.requests[<int>number]
+                if w.count.errors[<int>number]:
+                    errors[name] = errors.get(name, 0) + w.count.errors[<int>number]
+        sessions = []
+        for address in self.sessions.values():
+            s = <session *><size_t>address
+            sessions.append({"id": f"{s.id:016x}", "nodes": s.nodes_used, "handles": s.handles_used,
+                             "connections": s.connections})
+        return {"requests": requests, "errors": errors, "malformed": malformed, "repeated": repeated,
+                "sessions": sessions, "connections": _connection_count, "descriptors": session_module.descriptors}
+
+
+cdef int _reply(connection *c, uint16_t op, uint64_t tag, int error, bytes body) except -2:
+    """Send the reply of a session message: 0, -EAGAIN or another -errno."""
+    cdef bytes whole = struct.pack("<IHHiIQQ", sizeof(header) + len(body), op, MESSAGE_REPLY, error, 0, 0, tag) + body
+    cdef uint8_t *room = c.ch.ops.reserve(&c.ch, len(whole))
+    if room == NULL:
+        return -EPROTO
+    memcpy(room, <const char *>whole, len(whole))
+    return c.ch.ops.commit(&c.ch, len(whole), NULL, 0)
+
+
+def _unpack(layout: str, body: bytes) -> tuple:
+    """struct.unpack for a peer's bytes: a wrong length is the peer's error."""
+    try:
+        return struct.unpack(layout, body)
+    except struct.error:
+        raise Refused(EPROTO) from None
+
+
+def _open_source(path: bytes) -> int:
+    """Open the directory a client wants to mount, if the whitelist has it. EPERM comes before ENOENT tells anything."""
+    try:
+        fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        _check_mount(os.path.normpath(path))
+        raise Refused(error.errno) from None
+    try:
+        _check_mount(os.fsencode(os.readlink(f"/proc/self/fd/{fd}")))
+    except Refused:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _check_mount(path: bytes) -> None:
+    if not path_place(<const char *>path).allowed & ALLOW_MOUNT:
+        count_denial(ALLOW_MOUNT)
+        log.warning("whitelist: %s may not be mounted: it is not in [Mount]", os.fsdecode(path))
+        raise Refused(EPERM)

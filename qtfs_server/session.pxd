@@ -1,0 +1,133 @@
+"""What the server keeps of one mount: nodes, handles, slots, lock owners.
+
+Lock order: session.guard, then nothing. It is held for table look-ups only, never over a system call that may block.
+A pinned node or handle stays what it is until it is unpinned; whoever unpins an ended handle last closes it.
+"""
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+
+from qtfs_common.protocol cimport attributes_reply, entry
+from qtfs_server.includes.linux cimport pthread_mutex_t, statx_t
+from qtfs_server.policy cimport place
+
+cdef enum:
+    CHUNK = 1024                    # nodes or handles allocated together
+    MAX_NODES = 1 << 24             # of one session
+    MAX_HANDLES = 1 << 20
+    MAX_DEVICES = 65535
+    SAVED_REPLY_BYTES = 512         # longest reply kept for a repeated request
+    NO_INDEX = 0                    # index 0 of both tables is never given out
+
+cdef enum:                          # node.flags
+    NODE_IN_USE = 1
+    NODE_RECENT = 2                 # used since the eviction hand last came by
+    NODE_REVIVE_BY_PATH = 4         # node.revive is a path, not a file handle
+    NODE_PATHLESS = 8               # opened by file handle: the kernel may not know its path
+
+cdef struct node:
+    uint64_t ino
+    uint64_t lookups                # what the client's kernel still has to forget
+    uint64_t seen                   # signature of the attributes the client last got
+    uint8_t *revive                 # while fd is -1: struct file_handle or path to open it again
+    int32_t fd                      # O_PATH
+    uint32_t generation
+    uint32_t next                   # in its hash chain, or in the free list
+    uint32_t handles                # open ones; they keep the node, not its descriptor
+    uint16_t pins
+    uint16_t device                 # index into session.devices
+    uint16_t type                   # S_IFMT bits
+    uint16_t flags
+    place where
+
+cdef enum:                          # handle.flags
+    HANDLE_IN_USE = 1
+    HANDLE_WRITABLE = 2
+    HANDLE_ENDED = 4                # released; closed when its last pin goes
+    HANDLE_DIRECTORY = 8
+
+cdef struct handle:
+    int32_t fd
+    uint32_t generation
+    uint32_t pins
+    uint32_t index
+    uint32_t next_free
+    uint32_t flags
+    node *node                      # lives as long as the handle
+    int64_t position                # directories: the d_off at which fd stands
+
+cdef struct device:                 # one mount of the server, as far as this session has met it
+    uint64_t mount_id
+    uint64_t number                 # st_dev
+    int32_t mount_fd                # for open_by_handle_at; -1: not opened yet, -2: impossible
+    bint uncached                   # a pseudo file system
+
+cdef struct lock_owner:             # POSIX locks of one owner on one node: an open file description (F_OFD_SETLK)
+    uint64_t owner
+    node *node                      # counted among its handles
+    int32_t fd
+    lock_owner *next
+
+cdef struct slot:
+    uint64_t sequence               # the last one executed
+    void *connection                # who may use the slot now
+    int32_t busy                    # a worker executes a request of it
+    uint32_t saved_bytes
+    uint8_t *saved                  # reply to it, if it must not be executed twice
+
+cdef struct session:
+    uint64_t id
+    uint8_t secret[32]
+    pthread_mutex_t guard
+    int32_t references              # the registry's and one for each attached connection
+    int32_t connections
+    bint ended
+    bint read_only
+    int64_t idle_since_us           # when the last connection went
+    void *event                     # connection of the event channel
+    uint32_t slots
+    slot *slot_table
+    uint32_t salt                   # generations begin here: ids of different sessions never meet
+    node **node_chunks
+    uint32_t node_count             # indexes below this were given out once
+    uint32_t node_free
+    uint32_t nodes_used
+    uint32_t hand                   # of the eviction clock
+    uint32_t *buckets
+    uint32_t bucket_mask
+    handle **handle_chunks
+    uint32_t handle_count
+    uint32_t handle_free
+    uint32_t handles_used
+    device *devices
+    uint32_t device_count
+    lock_owner *owners
+
+cdef session *session_new(uint64_t id, const uint8_t *secret, uint32_t salt, uint32_t slots) noexcept nogil
+cdef void session_free(session *s) noexcept nogil
+
+cdef int32_t descriptors            # nodes', handles', connections' and lock owners', of all sessions
+cdef int32_t descriptor_limit
+
+cdef node *node_at(session *s, uint32_t index) noexcept nogil
+cdef int node_pin(session *s, uint64_t id, node **out) noexcept nogil
+cdef int node_hold(session *s, node *n) noexcept nogil
+cdef void node_unpin(session *s, node *n) noexcept nogil
+cdef void node_forget(session *s, uint64_t id, uint64_t lookups) noexcept nogil
+cdef int node_enter(session *s, node *parent, const char *name, size_t name_bytes, entry *out) noexcept nogil
+cdef int node_enter_fd(session *s, int fd, const statx_t *st, place where, entry *out) noexcept nogil
+cdef int root_enter(session *s, int fd, place where) noexcept nogil
+cdef int node_stat(session *s, node *n, int fd, attributes_reply *out) noexcept nogil
+cdef int node_allowed(node *n, int fd, uint16_t needed) noexcept nogil
+cdef int child_allowed(session *s, node *parent, const uint8_t *name, size_t length, uint16_t needed, place *out) noexcept nogil
+cdef int stat_fd(int fd, statx_t *st) noexcept nogil
+cdef void node_keep(session *s, node *n) noexcept nogil
+cdef void node_let_go(session *s, node *n) noexcept nogil
+cdef uint64_t signature(const statx_t *st) noexcept nogil
+cdef void proc_path(char *out, int fd) noexcept nogil
+cdef bint descriptors_short() noexcept nogil
+cdef void evict(session *s) noexcept nogil
+cdef int fd_path(int fd, char *out, size_t room) noexcept nogil
+
+cdef int handle_new(session *s, node *n, int fd, uint32_t flags, uint64_t *id) noexcept nogil
+cdef int handle_pin(session *s, uint64_t id, handle **out) noexcept nogil
+cdef void handle_unpin(session *s, handle *h) noexcept nogil
+cdef int handle_end(session *s, uint64_t id) noexcept nogil

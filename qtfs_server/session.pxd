@@ -99,6 +99,7 @@ cdef struct session:
     uint32_t handles_used
     device *devices
     uint32_t device_count
+    pthread_mutex_t lock_guard      # POSIX locks and their owners; taken above guard, held over fcntl(2)
     lock_owner *owners
 
 cdef session *session_new(uint64_t id, const uint8_t *secret, uint32_t salt, uint32_t slots) noexcept nogil

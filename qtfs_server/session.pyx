@@ -51,6 +51,7 @@ cdef session *session_new(uint64_t id, const uint8_t *secret, uint32_t salt, uin
     s.node_count = s.handle_count = 1
     s.references = 1
     pthread_mutex_init(&s.guard, NULL)
+    pthread_mutex_init(&s.lock_guard, NULL)
     return s
 
 
@@ -105,6 +106,7 @@ cdef void session_free(session *s) noexcept nogil:
     free(s.slot_table)
     free(s.buckets)
     pthread_mutex_destroy(&s.guard)
+    pthread_mutex_destroy(&s.lock_guard)
     free(s)
 
 

@@ -7,10 +7,10 @@ file description of its own, on which the lock is an F_OFD_SETLK. Both conflict 
 Linux has no way to wait for a lock without a thread, so one thread for all waits tries them again: at once when a lock
 is given back through this engine, else after 1 ms, growing to 20 ms, for those that local processes hold.
 
-Lock order: _waiting_guard before session.guard.
+Lock order: _waiting_guard, session.lock_guard, session.guard. A lock is announced as given back under none of them.
 Sources: fcntl(2) "Open file description locks", flock(2), <linux/fuse.h> (struct fuse_lk_in).
 """
-from libc.errno cimport EAGAIN, EBADF, EINTR, EINVAL, EMFILE, ENOLCK, ENOMEM, errno
+from libc.errno cimport EACCES, EAGAIN, EINTR, EINVAL, EMFILE, ENOLCK, ENOMEM, errno
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from posix.time cimport CLOCK_REALTIME, clock_gettime
@@ -54,7 +54,7 @@ pthread_cond_init(&_something_changed, NULL)
 
 # ---- owners ------------------------------------------------------------------------------------------------------
 
-cdef lock_owner **_find_owner_locked(session *s, node *n, uint64_t owner) noexcept nogil:
+cdef lock_owner **_find_owner(session *s, node *n, uint64_t owner) noexcept nogil:
     cdef lock_owner **at = &s.owners
     while at[0] != NULL and (at[0].node != n or at[0].owner != owner):
         at = &at[0].next
@@ -62,16 +62,12 @@ cdef lock_owner **_find_owner_locked(session *s, node *n, uint64_t owner) noexce
 
 
 cdef int _owner_fd(session *s, handle *h, uint64_t owner) noexcept nogil:
-    """The open file description that stands for an owner on the handle's node. A descriptor or -errno."""
-    cdef lock_owner *known
+    """The open file description that stands for an owner on the handle's node. Under lock_guard. A descriptor or -errno."""
+    cdef lock_owner *known = _find_owner(s, h.node, owner)[0]
     cdef char link[32]
     cdef int fd
-    pthread_mutex_lock(&s.guard)
-    known = _find_owner_locked(s, h.node, owner)[0]
-    fd = known.fd if known != NULL else -1
-    pthread_mutex_unlock(&s.guard)
     if known != NULL:
-        return fd
+        return known.fd
     proc_path(link, h.fd)
     fd = openat(AT_FDCWD, link, O_RDWR | O_CLOEXEC | O_NOCTTY)
     if fd < 0:
@@ -81,24 +77,15 @@ cdef int _owner_fd(session *s, handle *h, uint64_t owner) noexcept nogil:
 
 cdef int _keep_owner(session *s, node *n, uint64_t owner, int fd) noexcept nogil:
     cdef lock_owner *fresh = <lock_owner *>calloc(1, sizeof(lock_owner))
-    cdef lock_owner *other
     if fresh == NULL:
         close(fd)
         return -ENOMEM
     fresh.owner = owner
     fresh.node = n
     fresh.fd = fd
-    pthread_mutex_lock(&s.guard)
-    other = _find_owner_locked(s, n, owner)[0]
-    if other == NULL:
-        fresh.next = s.owners
-        s.owners = fresh
-        n.handles += 1
-    pthread_mutex_unlock(&s.guard)
-    if other != NULL:                   # another thread of the same process was faster
-        free(fresh)
-        close(fd)
-        return other.fd
+    fresh.next = s.owners
+    s.owners = fresh
+    node_keep(s, n)
     atomic_add_int(&descriptors, 1)
     return fd
 
@@ -107,14 +94,14 @@ cdef void drop_locks(session *s, node *n, uint64_t owner) noexcept nogil:
     """Give back all POSIX locks of an owner on a node: a close(2) of any of its descriptors does that."""
     cdef lock_owner **at
     cdef lock_owner *gone
-    pthread_mutex_lock(&s.guard)
-    at = _find_owner_locked(s, n, owner)
+    pthread_mutex_lock(&s.lock_guard)
+    at = _find_owner(s, n, owner)
     gone = at[0]
     if gone != NULL:
         at[0] = gone.next
-    pthread_mutex_unlock(&s.guard)
-    if gone != NULL:
         close(gone.fd)
+    pthread_mutex_unlock(&s.lock_guard)
+    if gone != NULL:
         atomic_add_int(&descriptors, -1)
         node_let_go(s, n)
         free(gone)
@@ -147,10 +134,23 @@ cdef bint _is_everything(const lock_request *body) noexcept nogil:
     return body.start == 0 and body.end == <uint64_t>END_OF_FILE
 
 
+cdef int _set_lock(session *s, handle *h, uint64_t owner, flock_t *range) noexcept nogil:
+    """fcntl(2) in the name of an owner; the lock guard keeps its descriptor from being closed meanwhile."""
+    cdef int fd, error = 0
+    pthread_mutex_lock(&s.lock_guard)
+    fd = _owner_fd(s, h, owner)
+    if fd < 0:
+        error = -ENOLCK if fd == -EMFILE else fd
+    elif fcntl(fd, F_OFD_SETLK, range) < 0:
+        error = -EAGAIN if errno == EACCES else -errno      # fcntl(2) allows both for a lock in the way
+    pthread_mutex_unlock(&s.lock_guard)
+    return error
+
+
 cdef int _try_lock(session *s, handle *h, const lock_request *body) noexcept nogil:
     """Lock or unlock without waiting. 0, -EAGAIN, or another -errno."""
     cdef flock_t range
-    cdef int fd, error
+    cdef int error
     if body.flags & LOCK_FLOCK:
         return _try_flock(h, body)
     error = _lock_range(body, &range)
@@ -159,14 +159,10 @@ cdef int _try_lock(session *s, handle *h, const lock_request *body) noexcept nog
     if body.type == 2 and _is_everything(body):
         drop_locks(s, h.node, body.owner)
         return 0
-    fd = _owner_fd(s, h, body.owner)
-    if fd < 0:
-        return -ENOLCK if fd == -EMFILE else fd
-    if fcntl(fd, F_OFD_SETLK, &range) < 0:
-        return -EAGAIN if errno == 13 else -errno   # EACCES: fcntl(2) allows both
-    if body.type == 2:
+    error = _set_lock(s, h, body.owner, &range)
+    if error == 0 and body.type == 2:
         lock_given_back()
-    return 0
+    return error
 
 
 cdef int _begin(request *r, handle **h) noexcept nogil:
@@ -198,18 +194,22 @@ cdef int op_getlk(request *r) noexcept nogil:
     if error < 0:
         return error
     error = _lock_range(body, &range)
-    fd = _owner_fd(r.s, h, body.owner) if error == 0 else -1
-    if error == 0 and fd < 0:
+    pthread_mutex_lock(&r.s.lock_guard)
+    fd = _owner_fd(r.s, h, body.owner) if error == 0 else error
+    if fd < 0:
         error = fd
-    if error == 0 and fcntl(fd, F_OFD_GETLK, &range) < 0:
+    elif fcntl(fd, F_OFD_GETLK, &range) < 0:
         error = -errno
+    pthread_mutex_unlock(&r.s.lock_guard)
     handle_unpin(r.s, h)
+    if error < 0:
+        return error
     out.type = 0 if range.l_type == F_RDLCK else (1 if range.l_type == F_WRLCK else 2)
     out.start = range.l_start
     out.end = <uint64_t>END_OF_FILE if range.l_len == 0 else <uint64_t>(range.l_start + range.l_len - 1)
     out.pid = range.l_pid if range.l_pid > 0 else 0
     r.reply_bytes = sizeof(lock_reply)
-    return error
+    return 0
 
 
 # ---- waiting -----------------------------------------------------------------------------------------------------

@@ -14,7 +14,8 @@ from qtfs_server.identity cimport act_as_root, identity
 from qtfs_server.includes.linux cimport pthread_mutex_lock, pthread_mutex_unlock
 from qtfs_server.operations cimport directories, files, inodes, locks, names
 from qtfs_server.request cimport DEFERRED, MALFORMED, operation_function, request
-from qtfs_server.session cimport SAVED_REPLY_BYTES, evict, session, slot
+from qtfs_server.nodes cimport evict
+from qtfs_server.session cimport SAVED_REPLY_BYTES, session, slot
 
 cdef struct table_entry:
     operation_function run

@@ -23,8 +23,9 @@ from qtfs_server.operations.locks cimport abandon_waits, cancel_wait, set_answer
     wait_for_locks
 from qtfs_server.policy cimport ALLOW_MOUNT, path_place, place, count_denial
 from qtfs_server.request cimport DEFERRED, MALFORMED, SCRATCH_BYTES
-from qtfs_server.session cimport session, session_free, session_new, root_enter
-from qtfs_server cimport session as session_module
+from qtfs_server.nodes cimport root_enter
+from qtfs_server.session cimport session, session_free, session_new
+from qtfs_server cimport descriptors as descriptors_module
 
 import hmac
 import logging
@@ -127,7 +128,7 @@ cdef connection *_connection_new(int fd, bint needs_authentication) noexcept nog
     _connections = c
     pthread_mutex_unlock(&_connections_guard)
     atomic_add_int(&_connection_count, 1)
-    atomic_add_int(&session_module.descriptors, 1)
+    atomic_add_int(&descriptors_module.descriptors, 1)
     return c
 
 
@@ -175,7 +176,7 @@ cdef void _connection_free(connection *c) noexcept nogil:
     pthread_mutex_destroy(&c.send_guard)
     free(c)
     atomic_add_int(&_connection_count, -1)
-    atomic_add_int(&session_module.descriptors, -1)
+    atomic_add_int(&descriptors_module.descriptors, -1)
 
 
 # ---- the event channel's replies -----------------------------------------------------------------------------------
@@ -366,7 +367,7 @@ cdef void _accept(Server server, listener *from_) noexcept nogil:
         if errno in (EMFILE, ENFILE):
             _refuse_one(server, from_.fd)
         return
-    if atomic_load_int(&_connection_count) > session_module.descriptor_limit // 4 * 3:
+    if atomic_load_int(&_connection_count) > descriptors_module.descriptor_limit // 4 * 3:
         close(fd)
         return
     with gil:
@@ -440,7 +441,7 @@ cdef class Server:
         self.sessions = {}
         self.key = key
         self.grace_s = grace_s
-        session_module.descriptor_limit = descriptor_limit
+        descriptors_module.descriptor_limit = descriptor_limit
         _spinning_at_most = max(1, (os.cpu_count() or 1) // 2)
         set_answer(_answer_wait)
         self.epoll_fd = epoll_create1(EPOLL_CLOEXEC)
@@ -668,7 +669,7 @@ cdef class Server:
             sessions.append({"id": f"{s.id:016x}", "nodes": s.nodes_used, "handles": s.handles_used,
                              "connections": s.connections})
         return {"requests": requests, "errors": errors, "malformed": malformed, "repeated": repeated,
-                "sessions": sessions, "connections": _connection_count, "descriptors": session_module.descriptors}
+                "sessions": sessions, "connections": _connection_count, "descriptors": descriptors_module.descriptors}
 
 
 cdef int _reply(connection *c, uint16_t op, uint64_t tag, int error, bytes body) except -2:

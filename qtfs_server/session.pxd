@@ -5,8 +5,7 @@ A pinned node or handle stays what it is until it is unpinned; whoever unpins an
 """
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
-from qtfs_common.protocol cimport attributes_reply, entry
-from qtfs_server.includes.linux cimport pthread_mutex_t, statx_t
+from qtfs_server.includes.linux cimport pthread_mutex_t
 from qtfs_server.policy cimport place
 
 cdef enum:
@@ -104,31 +103,6 @@ cdef struct session:
 
 cdef session *session_new(uint64_t id, const uint8_t *secret, uint32_t salt, uint32_t slots) noexcept nogil
 cdef void session_free(session *s) noexcept nogil
-
-cdef int32_t descriptors            # nodes', handles', connections' and lock owners', of all sessions
-cdef int32_t descriptor_limit
-
 cdef node *node_at(session *s, uint32_t index) noexcept nogil
-cdef int node_pin(session *s, uint64_t id, node **out) noexcept nogil
-cdef int node_hold(session *s, node *n) noexcept nogil
-cdef void node_unpin(session *s, node *n) noexcept nogil
-cdef void node_forget(session *s, uint64_t id, uint64_t lookups) noexcept nogil
-cdef int node_enter(session *s, node *parent, const char *name, size_t name_bytes, entry *out) noexcept nogil
-cdef int node_enter_fd(session *s, int fd, const statx_t *st, place where, entry *out) noexcept nogil
-cdef int root_enter(session *s, int fd, place where) noexcept nogil
-cdef int node_stat(session *s, node *n, int fd, attributes_reply *out) noexcept nogil
-cdef int node_allowed(node *n, int fd, uint16_t needed) noexcept nogil
-cdef int child_allowed(session *s, node *parent, const uint8_t *name, size_t length, uint16_t needed, place *out) noexcept nogil
-cdef int stat_fd(int fd, statx_t *st) noexcept nogil
-cdef void node_keep(session *s, node *n) noexcept nogil
-cdef void node_let_go(session *s, node *n) noexcept nogil
-cdef uint64_t signature(const statx_t *st) noexcept nogil
-cdef void proc_path(char *out, int fd) noexcept nogil
-cdef bint descriptors_short() noexcept nogil
-cdef void evict(session *s) noexcept nogil
-cdef int fd_path(int fd, char *out, size_t room) noexcept nogil
-
-cdef int handle_new(session *s, node *n, int fd, uint32_t flags, uint64_t *id) noexcept nogil
-cdef int handle_pin(session *s, uint64_t id, handle **out) noexcept nogil
-cdef void handle_unpin(session *s, handle *h) noexcept nogil
-cdef int handle_end(session *s, uint64_t id) noexcept nogil
+cdef handle *handle_at(session *s, uint32_t index) noexcept nogil
+cdef void **grown_chunks(void **chunks, uint32_t count, size_t item_bytes) noexcept nogil

@@ -13,8 +13,10 @@ from qtfs_server.includes.linux cimport AT_FDCWD, O_CLOEXEC, O_DIRECTORY, O_NONB
     SYS_getdents64, linux_dirent64, lseek, openat, syscall
 from qtfs_server.policy cimport ALLOW_READDIR
 from qtfs_server.request cimport MALFORMED, SCRATCH_BYTES, as_caller, request
-from qtfs_server.session cimport HANDLE_DIRECTORY, descriptors_short, handle, handle_new, handle_pin, handle_unpin, \
-    node, node_allowed, node_enter, node_hold, node_pin, node_unpin, proc_path
+from qtfs_server.descriptors cimport descriptors_short, proc_path
+from qtfs_server.handles cimport handle_new, handle_pin, handle_unpin
+from qtfs_server.nodes cimport node_allowed, node_enter, node_hold, node_pin, node_unpin
+from qtfs_server.session cimport HANDLE_DIRECTORY, handle, node
 
 cdef extern from "<unistd.h>" nogil:
     enum:

@@ -17,9 +17,11 @@ from qtfs_server.includes.linux cimport AT_EACCESS, AT_EMPTY_PATH, AT_FDCWD, O_A
 from qtfs_server.operations.locks cimport drop_locks, lock_given_back
 from qtfs_server.policy cimport ALLOW_CREATE, ALLOW_OPEN, ALLOW_READ, ALLOW_SETATTR, ALLOW_WRITE, place
 from qtfs_server.request cimport MALFORMED, as_caller, request, take_name
-from qtfs_server.session cimport HANDLE_WRITABLE, child_allowed, handle, handle_end, handle_new, handle_pin, \
-    handle_unpin, node, node_allowed, node_enter, node_enter_fd, node_pin, node_unpin, proc_path, session, signature, \
-    stat_fd
+from qtfs_server.attributes cimport signature, stat_fd
+from qtfs_server.descriptors cimport proc_path
+from qtfs_server.handles cimport handle_end, handle_new, handle_pin, handle_unpin
+from qtfs_server.nodes cimport child_allowed, node_allowed, node_enter, node_enter_fd, node_pin, node_unpin
+from qtfs_server.session cimport HANDLE_WRITABLE, handle, node, session
 
 cdef enum:
     FOR_EXECUTION = 0x20            # __FMODE_EXEC of <linux/fs.h>: execve(2) opens what the caller may only execute

@@ -18,8 +18,11 @@ from qtfs_server.includes.linux cimport AT_EACCESS, AT_EMPTY_PATH, AT_FDCWD, AT_
     statx, statx_t, statx_timestamp, syncfs, syscall, timespec, truncate, utimensat
 from qtfs_server.policy cimport ALLOW_SETATTR, ALLOW_SETXATTR, ALLOW_WRITE
 from qtfs_server.request cimport MALFORMED, as_caller, copy_text, request
-from qtfs_server.session cimport handle, handle_pin, handle_unpin, node, node_allowed, node_pin, node_stat, \
-    node_unpin, proc_path
+from qtfs_server.attributes cimport node_stat
+from qtfs_server.descriptors cimport proc_path
+from qtfs_server.handles cimport handle_pin, handle_unpin
+from qtfs_server.nodes cimport node_allowed, node_pin, node_unpin
+from qtfs_server.session cimport handle, node
 
 cdef enum:
     USE_HANDLE = 1                  # getattr_request.flags, statx_request.flags

@@ -22,8 +22,10 @@ from qtfs_server.includes.linux cimport AT_FDCWD, F_OFD_GETLK, F_OFD_SETLK, F_RD
     pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, timespec
 from qtfs_server.policy cimport ALLOW_OPEN
 from qtfs_server.request cimport DEFERRED, MALFORMED, request
-from qtfs_server.session cimport descriptors, handle, handle_pin, handle_unpin, lock_owner, node, node_keep, \
-    node_let_go, proc_path, session
+from qtfs_server.descriptors cimport close_counted, descriptor_opened, proc_path
+from qtfs_server.handles cimport handle_pin, handle_unpin
+from qtfs_server.nodes cimport node_keep, node_let_go
+from qtfs_server.session cimport handle, lock_owner, node, session
 
 cdef extern from "<time.h>" nogil:
     int real_clock "clock_gettime"(int, timespec *)
@@ -86,7 +88,7 @@ cdef int _keep_owner(session *s, node *n, uint64_t owner, int fd) noexcept nogil
     fresh.next = s.owners
     s.owners = fresh
     node_keep(s, n)
-    atomic_add_int(&descriptors, 1)
+    descriptor_opened()
     return fd
 
 
@@ -99,10 +101,9 @@ cdef void drop_locks(session *s, node *n, uint64_t owner) noexcept nogil:
     gone = at[0]
     if gone != NULL:
         at[0] = gone.next
-        close(gone.fd)
+        close_counted(gone.fd)
     pthread_mutex_unlock(&s.lock_guard)
     if gone != NULL:
-        atomic_add_int(&descriptors, -1)
         node_let_go(s, n)
         free(gone)
         lock_given_back()

@@ -13,8 +13,9 @@ from qtfs_server.includes.linux cimport AT_FDCWD, AT_REMOVEDIR, AT_SYMLINK_FOLLO
 from qtfs_server.policy cimport ALLOW_CREATE, ALLOW_MKDIR, ALLOW_OPEN, ALLOW_READ, ALLOW_RENAME, ALLOW_RMDIR, \
     ALLOW_SETATTR, ALLOW_SETXATTR, ALLOW_UNLINK, ALLOW_WRITE, OFF_TRIE, count_denial, place, rules_moved
 from qtfs_server.request cimport MALFORMED, as_caller, request, take_name, copy_text
-from qtfs_server.session cimport child_allowed, node, node_allowed, node_enter, node_forget, node_pin, node_unpin, \
-    proc_path
+from qtfs_server.descriptors cimport proc_path
+from qtfs_server.nodes cimport child_allowed, node_allowed, node_enter, node_forget, node_pin, node_unpin
+from qtfs_server.session cimport node
 
 cdef extern from "<linux/fs.h>" nogil:
     enum:

@@ -1,0 +1,161 @@
+"""statx(2) of the server's files as the client's kernel wants it, and the mounts they lie on.
+
+Source: statx(2), <linux/fuse.h> (struct fuse_attr), <linux/magic.h>.
+"""
+from libc.errno cimport ENFILE, ENOMEM, errno
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdlib cimport realloc
+from libc.string cimport memset
+
+from qtfs_common.protocol cimport NODE_SUBMOUNT, NODE_UNCACHED, attributes, attributes_reply
+from qtfs_server.includes.linux cimport AT_EMPTY_PATH, AT_NO_AUTOMOUNT, AT_SYMLINK_NOFOLLOW, STATX_BASIC_STATS, \
+    STATX_BTIME, STATX_MNT_ID, fstatfs, makedev, pthread_mutex_lock, pthread_mutex_unlock, statfs_t, statx, statx_t
+from qtfs_server.session cimport MAX_DEVICES, device, node, session
+
+cdef enum:
+    STATX_WANTED = STATX_BASIC_STATS | STATX_BTIME | STATX_MNT_ID
+
+
+# ---- mounts ------------------------------------------------------------------------------------------------------
+
+cdef int64_t[21] _pseudo_file_systems      # f_type, <linux/magic.h>
+_pseudo_file_systems[:] = [
+    0x9fa0,         # PROC_SUPER_MAGIC
+    0x62656572,     # SYSFS_MAGIC
+    0x27e0eb,       # CGROUP_SUPER_MAGIC
+    0x63677270,     # CGROUP2_SUPER_MAGIC
+    0x64626720,     # DEBUGFS_MAGIC
+    0x74726163,     # TRACEFS_MAGIC
+    0x73636673,     # SECURITYFS_MAGIC
+    0x6165676c,     # PSTOREFS_MAGIC
+    0x62656570,     # CONFIGFS_MAGIC
+    0xde5e81e4,     # EFIVARFS_MAGIC
+    0xcafe4a11,     # BPF_FS_MAGIC
+    0xf97cff8c,     # SELINUX_MAGIC
+    0x43415d53,     # SMACK_MAGIC
+    0x1cd1,         # DEVPTS_SUPER_MAGIC
+    0x19800202,     # MQUEUE_MAGIC
+    0x6e736673,     # NSFS_MAGIC
+    0x42494e4d,     # BINFMTFS_MAGIC
+    0x65735543,     # FUSE_CTL_SUPER_MAGIC
+    0x67596969,     # RPCAUTH_GSSMAGIC, rpc_pipefs
+    0x7655821,      # RDTGROUP_SUPER_MAGIC
+    0x6b414653,     # AFS_FS_MAGIC
+]
+
+
+cdef bint _is_pseudo(int64_t f_type) noexcept nogil:
+    """Whether the kernel makes the content up as it is read."""
+    cdef int i
+    for i in range(21):
+        if _pseudo_file_systems[i] == f_type:
+            return True
+    return False
+
+
+cdef bint find_device_locked(session *s, const statx_t *st, uint32_t *out) noexcept nogil:
+    """Find the mount that `st` lies on among those met before."""
+    cdef uint64_t number = makedev(st.stx_dev_major, st.stx_dev_minor)
+    cdef uint64_t mount_id = st.stx_mnt_id if st.stx_mask & STATX_MNT_ID else 0
+    cdef uint32_t i
+    for i in range(s.device_count):
+        if s.devices[i].mount_id == mount_id and s.devices[i].number == number:
+            out[0] = i
+            return True
+    return False
+
+
+cdef int _add_device_locked(session *s, const statx_t *st, bint uncached, uint32_t *out) noexcept nogil:
+    cdef device *larger
+    if find_device_locked(s, st, out):
+        return 0
+    if s.device_count >= MAX_DEVICES:
+        return -ENFILE
+    larger = <device *>realloc(s.devices, (s.device_count + 1) * sizeof(device))
+    if larger == NULL:
+        return -ENOMEM
+    s.devices = larger
+    larger += s.device_count
+    larger.mount_id = st.stx_mnt_id if st.stx_mask & STATX_MNT_ID else 0
+    larger.number = makedev(st.stx_dev_major, st.stx_dev_minor)
+    larger.mount_fd = -1
+    larger.uncached = uncached
+    out[0] = s.device_count
+    s.device_count += 1
+    return 0
+
+
+cdef int device_index(session *s, int fd, const statx_t *st, uint32_t *out) noexcept nogil:
+    """Find or add the mount that `fd`, whose stat is `st`, lies on. 0 or -ENOMEM."""
+    cdef statfs_t fs
+    cdef bint known
+    cdef int error
+    pthread_mutex_lock(&s.guard)
+    known = find_device_locked(s, st, out)
+    pthread_mutex_unlock(&s.guard)
+    if known:
+        return 0
+    memset(&fs, 0, sizeof(fs))
+    fstatfs(fd, &fs)
+    pthread_mutex_lock(&s.guard)
+    error = _add_device_locked(s, st, _is_pseudo(fs.f_type), out)
+    pthread_mutex_unlock(&s.guard)
+    return error
+
+
+# ---- attributes --------------------------------------------------------------------------------------------------
+
+cdef int stat_fd(int fd, statx_t *st) noexcept nogil:
+    """statx(2) of a descriptor, O_PATH too. 0 or -errno."""
+    return -errno if statx(fd, b"", AT_EMPTY_PATH | AT_NO_AUTOMOUNT, STATX_WANTED, st) < 0 else 0
+
+
+cdef int stat_name(int directory, const char *name, statx_t *st) noexcept nogil:
+    """statx(2) of a name, which is not followed. 0 or -errno."""
+    return -errno if statx(directory, name, AT_SYMLINK_NOFOLLOW | AT_NO_AUTOMOUNT, STATX_WANTED, st) < 0 else 0
+
+
+cdef uint64_t signature(const statx_t *st) noexcept nogil:
+    """Changes whenever the content may have: ctime and size."""
+    cdef uint64_t time = <uint64_t>st.stx_ctime.tv_sec * 1000000000 + st.stx_ctime.tv_nsec
+    return time ^ (st.stx_size * <uint64_t>0x9E3779B97F4A7C15)
+
+
+cdef void fill_attributes(uint32_t on_device, const statx_t *st, attributes *out) noexcept nogil:
+    """struct fuse_attr of a statx. Inode numbers of mounts below the root get the mount's index in their top bits."""
+    out.ino = st.stx_ino ^ (<uint64_t>on_device << 48)
+    out.size = st.stx_size
+    out.blocks = st.stx_blocks
+    out.atime = st.stx_atime.tv_sec
+    out.mtime = st.stx_mtime.tv_sec
+    out.ctime = st.stx_ctime.tv_sec
+    out.atime_ns = st.stx_atime.tv_nsec
+    out.mtime_ns = st.stx_mtime.tv_nsec
+    out.ctime_ns = st.stx_ctime.tv_nsec
+    out.mode = st.stx_mode
+    out.nlink = st.stx_nlink
+    out.uid = st.stx_uid
+    out.gid = st.stx_gid
+    out.rdev = (st.stx_rdev_minor & 0xff) | st.stx_rdev_major << 8 | (st.stx_rdev_minor & ~<uint32_t>0xff) << 12
+    out.blksize = st.stx_blksize
+    out.flags = 0
+
+
+cdef uint64_t node_flags_locked(session *s, uint32_t on_device) noexcept nogil:
+    """NODE_* bits of what lies on a mount."""
+    return (NODE_UNCACHED if s.devices[on_device].uncached else 0) | (NODE_SUBMOUNT if on_device != 0 else 0)
+
+
+cdef int node_stat(session *s, node *n, int fd, attributes_reply *out) noexcept nogil:
+    """Attributes of a pinned node, by its own descriptor or by one opened from it. 0 or -errno."""
+    cdef statx_t st
+    cdef int error = stat_fd(fd, &st)
+    if error < 0:
+        return error
+    fill_attributes(n.device, &st, &out.attr)
+    n.seen = signature(&st)
+    out.reserved = 0
+    pthread_mutex_lock(&s.guard)
+    out.node_flags = node_flags_locked(s, n.device)
+    pthread_mutex_unlock(&s.guard)
+    return 0

@@ -104,13 +104,17 @@ def _options(settings: dict[str, Any]) -> EngineOptions:
     )
 
 
+def _announce(addresses: list[Address]) -> None:
+    print("qtfs engine: listening on", ", ".join(map(str, addresses)), flush=True)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the engine in the foreground; 0 after SIGTERM, 1 or 2 for mistakes of the user."""
     args = _parser().parse_args(arguments)
     try:
         settings = _settings(args)
         logs.setup(settings.get("log_level", "WARN"), program="engine")
-        return run(_options(settings))
+        return run(_options(settings), _announce)
     except QtfsError as error:
         print(f"engine: {error}", file=sys.stderr)
         return error.exit_code

@@ -12,7 +12,7 @@ import resource
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from qtfs_common import auth, logs, rundir
 from qtfs_common.addresses import Address, UnixAddress, bound_address, listen_socket
 from qtfs_common.errors import QtfsError
 from qtfs_common.whitelist import load_whitelist
-from qtfs_server import policy
+from qtfs_server.policy import install
 from qtfs_server.server import Server
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def raise_descriptor_limit() -> int:
 def _load_rules(path: Path) -> None:
     whitelist = load_whitelist(path)
     whitelist.require_mount()
-    policy.install(whitelist)
+    install(whitelist)
 
 
 def _load_key(options: EngineOptions) -> bytes | None:
@@ -142,8 +142,11 @@ def _drain(server: Server, threads: list[threading.Thread]) -> bool:
     return not any(thread.is_alive() for thread in threads)
 
 
-def run(options: EngineOptions) -> int:
-    """Serve until SIGTERM or SIGINT; the exit status. Raises QtfsError for what the user has to mend."""
+def run(options: EngineOptions, ready: Callable[[list[Address]], None]) -> int:
+    """Serve until SIGTERM or SIGINT; the exit status. `ready` is told the addresses once clients can connect.
+
+    Raises QtfsError for what the user has to mend.
+    """
     _load_rules(options.whitelist)
     key = _load_key(options)
     limit = raise_descriptor_limit()
@@ -153,7 +156,7 @@ def run(options: EngineOptions) -> int:
         for address, sock in zip(options.listen, sockets, strict=True):
             server.listen(sock.fileno(), address.requires_authentication)
         threads = _start_threads(server, options.workers)
-        print("qtfs engine: listening on", ", ".join(str(bound_address(s)) for s in sockets), flush=True)
+        ready([bound_address(sock) for sock in sockets])
         logs.notify("READY=1")
         _obey_signals(server, options)
         drained = _drain(server, threads)

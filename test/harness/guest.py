@@ -1,0 +1,276 @@
+"""A QEMU guest for tests: a stock kernel, this machine's files, one script.
+
+    result = run_in_guest("uname -r; exit 3", scratch=tmp_path, timeout_s=60)
+    result.status == 3, result.output == "6.1.0-...\\n"
+
+The guest is emulated (no KVM), so it starts anywhere in some 5 s and runs several times slower than this machine. Its
+root is this machine's ``/``, read-only over 9p, under an overlay in the guest's memory: it sees this checkout and all the
+tools at their usual places and can change nothing. ``/tmp`` in it is an ext4 of its own, and the script's directory
+``/run/guest`` is shared both ways, so that output survives a crash of the guest.
+
+Flow: QEMU loads kernel and initrd; the initrd's ``/init`` loads modules, mounts, and switches to ``/run/guest/stage2``;
+that runs ``/run/guest/script``, writes its exit status and powers off. A panic ends QEMU (``panic=-1 -no-reboot``), a hang
+runs into the timeout; both raise GuestError with the tail of console and output.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import lzma
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+#: What the initrd needs to reach the root; everything else is loaded by modprobe inside.
+BOOT_MODULES = ("virtio_pci", "9pnet_virtio", "9p", "overlay")
+#: Where the script's directory is in the guest.
+INSIDE = "/run/guest"
+_TAIL_LINES = 40
+
+_INIT = """#!/bin/busybox sh
+set -e
+/bin/busybox --install -s /bin
+export PATH=/bin
+mount -t proc proc /proc
+mount -t sysfs sysfs /sys
+mount -t devtmpfs dev /dev
+for module in $(cat /modules.order); do insmod "$module"; done
+nine=trans=virtio,version=9p2000.L,msize=512000
+mount -t 9p -o ro,cache=loose,$nine host /lower
+mount -t tmpfs -o size=50% tmpfs /above
+mkdir /above/upper /above/work
+mount -t overlay -o lowerdir=/lower,upperdir=/above/upper,workdir=/above/work root /new
+mount -t tmpfs -o mode=755 tmpfs /new/run
+mkdir /new/run/guest
+mount -t 9p -o cache=none,$nine job /new/run/guest
+exec switch_root /new /bin/sh /run/guest/stage2
+"""
+
+_STAGE2 = """
+export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8
+set -e
+mount -t proc proc /proc
+mount -t sysfs sysfs /sys
+mount -t devtmpfs dev /dev
+mkdir -p /dev/shm /dev/pts
+mount -t tmpfs tmpfs /dev/shm
+mount -t devpts devpts /dev/pts
+mkdir -p /lib/modules/@RELEASE@
+mount --bind @MODULES@ /lib/modules/@RELEASE@
+modprobe -a virtio_blk ext4 fuse
+chmod 666 /dev/fuse
+mount -t ext4 -o user_xattr,acl /dev/vda /tmp
+chmod 1777 /tmp
+ip link set lo up
+hostname guest
+set +e
+cd @CHECKOUT@
+/bin/sh @INSIDE@/script >@INSIDE@/output 2>&1 </dev/null
+echo $? >@INSIDE@/status.new
+mv @INSIDE@/status.new @INSIDE@/status
+sync
+busybox poweroff -f
+"""
+
+
+class GuestError(Exception):
+    """The guest gave no exit status; says how it ended and shows the tail of what it wrote."""
+
+
+class GuestUnavailable(Exception):
+    """This machine cannot boot a guest; says what is missing."""
+
+
+@dataclass(frozen=True)
+class GuestResult:
+    """What the script did: exit status, output and errors together, the kernel's messages, seconds it all took."""
+
+    status: int
+    output: str
+    console: str
+    seconds: float
+
+    def check(self) -> GuestResult:
+        """Itself if the script succeeded; raises GuestError if not."""
+        if self.status != 0:
+            raise GuestError(f"the script in the guest ended with {self.status}\n{self.output}\n{_tail(self.console)}")
+        return self
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel image and the directory of its modules."""
+
+    image: Path
+    modules: Path
+
+    @property
+    def release(self) -> str:
+        return self.modules.name
+
+
+def find_kernel() -> Kernel:
+    """The kernel that scripts/guest-kernel.sh knows of, without fetching one. Raises GuestUnavailable."""
+    for tool in ("qemu-system-x86_64", "busybox", "cpio", "mke2fs", "setpriv"):
+        if shutil.which(tool, path=_path()) is None:
+            raise GuestUnavailable(f"no {tool} here (run: make deps)")
+    command = [CHECKOUT / "scripts/guest-kernel.sh", "--offline"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    if found.returncode != 0:
+        raise GuestUnavailable("no kernel for a guest here (run: make deps)")
+    image, modules = map(Path, found.stdout.splitlines())
+    return Kernel(image, modules)
+
+
+def run_in_guest(
+    script: str,
+    scratch: Path,
+    timeout_s: float,
+    *,
+    cores: int = 2,
+    memory_mib: int = 2048,
+    qemu_arguments: Sequence[str] = (),
+) -> GuestResult:
+    """Boot a guest, run the shell script as root in it with this checkout as its directory, and power it off.
+
+    ``scratch`` is an empty directory for initrd, disk and what is shared; ``qemu_arguments`` add devices. Raises
+    GuestError if the guest crashes or is not done in time, GuestUnavailable if there is nothing to boot.
+    """
+    kernel = find_kernel()
+    job = scratch / "job"
+    job.mkdir()
+    (job / "script").write_text(script)
+    (job / "stage2").write_text(_filled(_STAGE2, kernel))
+    initrd, disk, console = _initrd(kernel, scratch), _disk(scratch), scratch / "console"
+    start = time.monotonic()
+    command = [
+        *("setpriv", "--pdeathsig", "KILL", "qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none"),
+        *("-accel", "tcg,thread=multi", "-cpu", "max", "-smp", str(cores), "-m", f"{memory_mib}M", "-no-reboot"),
+        *("-kernel", str(kernel.image), "-initrd", str(initrd), "-serial", f"file:{console}"),
+        *("-append", "console=ttyS0 panic=-1 oops=panic loglevel=5 random.trust_cpu=on mitigations=off"),
+        *("-virtfs", "local,path=/,mount_tag=host,security_model=none,readonly=on,multidevs=remap"),
+        *("-virtfs", f"local,path={job},mount_tag=job,security_model=none,multidevs=remap"),
+        *("-drive", f"file={disk},if=virtio,format=raw,cache=unsafe"),
+        *qemu_arguments,
+    ]
+    ended = _run_bounded(command, scratch / "qemu", timeout_s)
+    return _result(job, console, ended, time.monotonic() - start)
+
+
+# ---------------------------------------------------------------------------------------------------- what it boots
+
+
+def _path() -> str:
+    return os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
+
+
+def _filled(text: str, kernel: Kernel) -> str:
+    values = {"RELEASE": kernel.release, "MODULES": kernel.modules, "CHECKOUT": CHECKOUT, "INSIDE": INSIDE}
+    for name, value in values.items():
+        text = text.replace(f"@{name}@", str(value))
+    return text
+
+
+def _load_order(kernel: Kernel, wanted: Sequence[str]) -> list[Path]:
+    """Files of the modules and of what they need, each after its own needs; built-in ones are left out."""
+    needs: dict[str, list[str]] = {}
+    for line in (kernel.modules / "modules.dep").read_text().splitlines():
+        path, _, others = line.partition(":")
+        needs[path] = others.split()
+    by_name = {Path(path).name.partition(".ko")[0].replace("-", "_"): path for path in needs}
+    order: list[str] = []
+
+    def add(path: str) -> None:
+        for other in needs[path]:
+            add(other)
+        if path not in order:
+            order.append(path)
+
+    for name in wanted:
+        if name in by_name:
+            add(by_name[name])
+    return [kernel.modules / path for path in order]
+
+
+def _module_bytes(path: Path) -> bytes:
+    if path.suffix == ".xz":
+        return lzma.decompress(path.read_bytes())
+    if path.suffix == ".zst":
+        return subprocess.run(["zstd", "-dcq", path], check=True, capture_output=True).stdout
+    return path.read_bytes()
+
+
+def _initrd(kernel: Kernel, scratch: Path) -> Path:
+    root = scratch / "initrd.d"
+    for name in ("bin", "proc", "sys", "dev", "lower", "above", "new", "modules"):
+        (root / name).mkdir(parents=True)
+    busybox = shutil.which("busybox", path=_path())
+    assert busybox is not None
+    shutil.copy(busybox, root / "bin/busybox")
+    names = []
+    for module in _load_order(kernel, BOOT_MODULES):
+        names.append(f"/modules/{module.name.partition('.ko')[0]}.ko")
+        (root / names[-1].lstrip("/")).write_bytes(_module_bytes(module))
+    (root / "modules.order").write_text("\n".join(names))
+    (root / "init").write_text(_INIT)
+    (root / "init").chmod(0o755)
+    initrd = scratch / "initrd"
+    files = "\n".join(str(p.relative_to(root)) for p in sorted(root.rglob("*")))
+    with initrd.open("wb") as out:
+        subprocess.run(["cpio", "-o", "-H", "newc", "--quiet"], cwd=root, input=files.encode(), stdout=out, check=True)
+    return initrd
+
+
+def _disk(scratch: Path) -> Path:
+    disk = scratch / "disk"
+    with disk.open("wb") as file:
+        file.truncate(4 << 30)
+    command = ["mke2fs", "-q", "-t", "ext4", "-m", "0", "-E", "lazy_itable_init=1", str(disk)]
+    subprocess.run(command, check=True, env={**os.environ, "PATH": _path()})
+    return disk
+
+
+# ---------------------------------------------------------------------------------------------------------- running
+
+
+@contextlib.contextmanager
+def _started(command: Sequence[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _run_bounded(command: Sequence[str], log: Path, timeout_s: float) -> str:
+    """How QEMU ended, in words for a person."""
+    with _started(command, log) as process:
+        try:
+            status = process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return f"was not done after {timeout_s:.0f} s"
+    return f"stopped (QEMU's status {status}: {log.read_text(errors='replace').strip() or 'no message'})"
+
+
+def _read(path: Path) -> str:
+    return path.read_text(errors="replace") if path.exists() else ""
+
+
+def _tail(text: str) -> str:
+    return "\n".join(text.splitlines()[-_TAIL_LINES:])
+
+
+def _result(job: Path, console: Path, ended: str, seconds: float) -> GuestResult:
+    output, kernel_log = _read(job / "output"), _read(console)
+    status = _read(job / "status").strip()
+    if not status:
+        parts = (f"the guest {ended}", "--- output", _tail(output), "--- console", _tail(kernel_log))
+        raise GuestError("\n".join(parts))
+    return GuestResult(int(status), output, kernel_log, seconds)

@@ -58,7 +58,7 @@ def _number(name: str, text: str, allowed: range) -> int:
 
 
 def _from_positional(words: list[str]) -> dict[str, Any]:
-    """The original's six arguments as settings. The proxy's four are checked; the socket proxy itself is `udsproxyd`."""
+    """The original's six arguments as settings. Those of the socket proxy are only checked."""
     if len(words) != len(_POSITIONAL):
         raise QtfsError(f"expected {' '.join(_POSITIONAL)}, got {len(words)} of these {len(_POSITIONAL)}", 2)
     named = dict(zip(_POSITIONAL, words, strict=True))

@@ -4,13 +4,13 @@
     result.status == 3, result.output == "6.1.0-...\\n"
 
 The guest is emulated (no KVM), so it starts anywhere in some 5 s and runs several times slower than this machine. Its
-root is this machine's ``/``, read-only over 9p, under an overlay in the guest's memory: it sees this checkout and all the
+root is this machine's ``/``, read-only over 9p, under an overlay in the guest's memory: it sees this checkout and the
 tools at their usual places and can change nothing. ``/tmp`` in it is an ext4 of its own, and the script's directory
 ``/run/guest`` is shared both ways, so that output survives a crash of the guest.
 
 Flow: QEMU loads kernel and initrd; the initrd's ``/init`` loads modules, mounts, and switches to ``/run/guest/stage2``;
-that runs ``/run/guest/script``, writes its exit status and powers off. A panic ends QEMU (``panic=-1 -no-reboot``), a hang
-runs into the timeout; both raise GuestError with the tail of console and output.
+that runs ``/run/guest/script``, writes its exit status and powers off. A panic ends QEMU (``panic=-1 -no-reboot``), a
+hang runs into the timeout; both raise GuestError with the tail of console and output.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def find_kernel() -> Kernel:
     for tool in ("qemu-system-x86_64", "busybox", "cpio", "mke2fs", "setpriv"):
         if shutil.which(tool, path=_path()) is None:
             raise GuestUnavailable(f"no {tool} here (run: make deps)")
-    command = [CHECKOUT / "scripts/guest-kernel.sh", "--offline"]
+    command = [str(CHECKOUT / "scripts/guest-kernel.sh"), "--offline"]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     if found.returncode != 0:
         raise GuestUnavailable("no kernel for a guest here (run: make deps)")

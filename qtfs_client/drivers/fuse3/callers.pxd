@@ -1,0 +1,4 @@
+from libc.stdint cimport uint32_t
+
+cdef int caller_groups(uint32_t pid, uint32_t *groups, int room) noexcept nogil
+cdef bint fatal_signal_pending(uint32_t pid) noexcept nogil

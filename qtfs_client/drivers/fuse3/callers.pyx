@@ -1,0 +1,72 @@
+"""What the kernel's request does not say about its caller: /proc/PID/status does, proc(5).
+
+The caller sleeps in the very request that is being translated, so what is read here is what was in force when it asked.
+`pid` is the thread's id, in the pid namespace of the mount; 0 where the caller is outside of that.
+"""
+from libc.stdint cimport uint32_t, uint64_t
+from libc.string cimport strlen
+
+from qtfs_client.includes.linux cimport O_CLOEXEC, O_RDONLY, close, open, read, snprintf, strstr, strtoul, strtoull
+
+cdef enum:
+    STATUS_BYTES = 16384            # 1024 groups of ten digits and all the rest
+
+# Signals whose default is to be ignored or to stop: CHLD, CONT, STOP, TSTP, TTIN, TTOU, URG, WINCH; signal(7)
+cdef uint64_t HARMLESS = (1 << 16 | 1 << 17 | 1 << 18 | 1 << 19 | 1 << 20 | 1 << 21 | 1 << 22 | 1 << 27)
+
+
+cdef bint _read_status(uint32_t pid, char *text) noexcept nogil:
+    """Read /proc/PID/status, at most STATUS_BYTES - 1 bytes of it. False if there is none."""
+    cdef char path[32]
+    cdef size_t have = 0
+    cdef ssize_t got = 1
+    snprintf(path, sizeof(path), "/proc/%u/status", pid)
+    cdef int fd = open(path, O_RDONLY | O_CLOEXEC)
+    if fd < 0:
+        return False
+    while got > 0 and have < STATUS_BYTES - 1:
+        got = read(fd, text + have, STATUS_BYTES - 1 - have)
+        have += max(got, 0)
+    close(fd)
+    text[have] = 0
+    return True
+
+
+cdef int caller_groups(uint32_t pid, uint32_t *groups, int room) noexcept nogil:
+    """Supplementary groups of a thread, at most `room`: how many. None if it cannot be seen."""
+    cdef char text[STATUS_BYTES]
+    cdef char *at
+    cdef char *end = NULL
+    cdef int count = 0
+    if pid == 0 or not _read_status(pid, text):
+        return 0
+    at = strstr(text, "\nGroups:")
+    if at == NULL:
+        return 0
+    at += strlen("\nGroups:")
+    while count < room:
+        while at[0] == b' ' or at[0] == b'\t':
+            at += 1
+        if at[0] < b'0' or at[0] > b'9':
+            break
+        groups[count] = <uint32_t>strtoul(at, &end, 10)
+        at = end
+        count += 1
+    return count
+
+
+cdef uint64_t _mask(const char *text, const char *key) noexcept nogil:
+    """A signal set of the status file; 0 if it is not there."""
+    cdef const char *at = strstr(text, key)
+    return 0 if at == NULL else <uint64_t>strtoull(at + strlen(key), NULL, 16)
+
+
+cdef bint fatal_signal_pending(uint32_t pid) noexcept nogil:
+    """Whether the thread will die of a signal once its system call returns: then nobody waits for the result."""
+    cdef char text[STATUS_BYTES]
+    cdef uint64_t pending
+    if pid == 0 or not _read_status(pid, text):
+        return False
+    pending = _mask(text, "\nSigPnd:") | _mask(text, "\nShdPnd:")
+    pending &= ~(_mask(text, "\nSigBlk:") | _mask(text, "\nSigIgn:") | _mask(text, "\nSigCgt:") | HARMLESS)
+    return pending != 0

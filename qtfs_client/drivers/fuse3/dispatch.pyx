@@ -1,0 +1,299 @@
+"""What each FUSE opcode needs: a row of a table, and a function that serves it.
+
+Most requests are relayed: translated, sent, and the reply handed on. Some need no server, or more than one exchange.
+"""
+from libc.errno cimport EACCES, EAGAIN, EINVAL, EIO, ENOENT, ENOSYS, ENOTTY, EOPNOTSUPP
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.string cimport memset
+
+from qtfs_client.drivers.fuse3.device cimport reply, reply_error
+from qtfs_client.drivers.fuse3.events cimport wait_for_lock
+from qtfs_client.drivers.fuse3.exchange cimport ask, ask_for_ourselves
+from qtfs_client.drivers.fuse3.interrupts cimport interrupt
+from qtfs_client.drivers.fuse3.replies cimport note_undo, queue_forget, reply_handler
+from qtfs_client.drivers.fuse3.requests cimport build_forgets, build_undo_release, request_builder
+from qtfs_client.drivers.fuse3.state cimport BY_HANDLE, ENOSYS_MEANT, MAKES_ENTRIES, MAKES_ENTRY, MAKES_HANDLE, \
+    REPEATABLE, mount_state, operation_row, server, worker
+from qtfs_client.includes.fuse_abi cimport *
+from qtfs_client.includes.linux cimport add_int, load_int, store_int
+from qtfs_common.protocol cimport attributes_reply, count_reply, lock_reply, lseek_reply, statfs_reply, statx_reply
+from qtfs_common.transport cimport message
+
+cdef extern from "<unistd.h>" nogil:
+    int usleep(unsigned int)
+
+cdef enum:
+    LARGEST_ERRNO = 511             # the kernel refuses replies with more
+    RELEASE_POLL_US = 100
+    RELEASE_POLLS = 1000
+
+
+# ---- relaying ------------------------------------------------------------------------------------------------------
+
+cdef int _kernel_error(worker *w, int error) noexcept nogil:
+    """The server's errno, unless the kernel would refuse it or, for ENOSYS, give up the operation for good."""
+    if error <= 0 or error > LARGEST_ERRNO:
+        return EIO
+    if error == ENOSYS and not w.row.flags & ENOSYS_MEANT:
+        return ENOTTY if w.request.opcode == FUSE_IOCTL else EOPNOTSUPP
+    return error
+
+
+cdef void _undo(worker *w, message *given) noexcept nogil:
+    """Give back what a reply granted that the kernel did not take."""
+    note_undo(w, given)
+    if w.undo_handle != 0:
+        ask_for_ourselves(w, build_undo_release)
+
+
+cdef void _conclude(worker *w, int status, message *given) noexcept nogil:
+    """Tell the kernel what came of `ask`, or undo it if the kernel was told something else before."""
+    if status < 0:
+        if not w.answered:
+            reply_error(w, -status)
+    elif w.answered:
+        _undo(w, given)
+    elif given.head.error != 0:
+        reply_error(w, _kernel_error(w, given.head.error))
+    elif w.row.answer(w, given) == -ENOENT:
+        _undo(w, given)
+
+
+cdef int _ask(worker *w, message *given) noexcept nogil:
+    return ask(w, w.row.build, w.row.flags & REPEATABLE, given)
+
+
+cdef void _relay(worker *w) noexcept nogil:
+    cdef message given
+    _conclude(w, _ask(w, &given), &given)
+
+
+cdef void _serve_lookup(worker *w) noexcept nogil:
+    """LOOKUP: where absence may be cached, it is an entry without a node."""
+    cdef fuse_entry_validity absent[2]
+    cdef message given
+    cdef int status = _ask(w, &given)
+    if status == 1 and not w.answered and given.head.error == ENOENT and w.mount.absent_valid_s > 0:
+        memset(absent, 0, sizeof(absent))
+        absent[0].entry_valid = w.mount.absent_valid_s
+        _reply_absent(w, &absent[0])
+        return
+    _conclude(w, status, &given)
+
+
+cdef void _reply_absent(worker *w, const fuse_entry_validity *absent) noexcept nogil:
+    cdef uint8_t body[128]
+    memset(body, 0, sizeof(body))
+    (<fuse_entry_validity *>body)[0] = absent[0]
+    reply(w, body, sizeof(body))
+
+
+cdef void _serve_flush(worker *w) noexcept nogil:
+    """FLUSH: the server need not know if there is nothing it could report and no lock that close(2) would drop."""
+    cdef fuse_flush_in *asked = <fuse_flush_in *>w.argument
+    if not asked.fh & 1 and not load_int(&w.mount.posix_locks):
+        reply(w, NULL, 0)
+        return
+    _relay(w)
+
+
+cdef void _serve_release(worker *w) noexcept nogil:
+    add_int(&w.mount.releases, 1)
+    _relay(w)
+    add_int(&w.mount.releases, -1)
+
+
+# ---- locks ---------------------------------------------------------------------------------------------------------
+
+cdef void _note_lock(worker *w) noexcept nogil:
+    """From the first POSIX lock on, every close has to be told to the server."""
+    if not (<fuse_lk_in *>w.argument).lk_flags & FUSE_LK_FLOCK:
+        store_int(&w.mount.posix_locks, 1)
+
+
+cdef bint _releases_ended(mount_state *m) noexcept nogil:
+    """Wait a moment for the RELEASEs under way; True if there were some and they ended."""
+    cdef int polls = 0
+    if load_int(&m.releases) == 0:
+        return False
+    while load_int(&m.releases) > 0 and polls < RELEASE_POLLS:
+        usleep(RELEASE_POLL_US)
+        polls += 1
+    return polls < RELEASE_POLLS
+
+
+cdef void _serve_setlk(worker *w) noexcept nogil:
+    """SETLK. close(2) returns before its RELEASE, so a flock(2) that comes next may find the old lock still held."""
+    cdef message given
+    cdef int status
+    _note_lock(w)
+    status = _ask(w, &given)
+    if status == 1 and not w.answered and given.head.error == EAGAIN and \
+            (<fuse_lk_in *>w.argument).lk_flags & FUSE_LK_FLOCK and _releases_ended(w.mount):
+        status = _ask(w, &given)
+    _conclude(w, status, &given)
+
+
+cdef void _serve_setlkw(worker *w) noexcept nogil:
+    """SETLKW: tried at once, since most locks are free; if it is taken, the event thread waits for it."""
+    cdef message given
+    cdef int status, error
+    _note_lock(w)
+    status = _ask(w, &given)
+    if status == 1 and not w.answered and given.head.error in (EAGAIN, EACCES):
+        error = wait_for_lock(w)
+        if error < 0:
+            reply_error(w, -error)
+        return
+    _conclude(w, status, &given)
+
+
+# ---- what needs no server --------------------------------------------------------------------------------------------
+
+cdef void _serve_forget(worker *w) noexcept nogil:
+    queue_forget(w.mount, w.request.nodeid, (<fuse_forget_in *>w.argument).nlookup)
+
+
+cdef void _serve_batch_forget(worker *w) noexcept nogil:
+    cdef uint32_t count = (<fuse_batch_forget_in *>w.argument).count
+    cdef uint64_t *pairs = <uint64_t *>(w.argument + sizeof(fuse_batch_forget_in))
+    cdef size_t i
+    for i in range(min(<size_t>count, (w.argument_bytes - sizeof(fuse_batch_forget_in)) // 16)):
+        queue_forget(w.mount, pairs[2 * i], pairs[2 * i + 1])
+
+
+cdef void send_forgets(worker *w) noexcept nogil:
+    """Send one message of the forgets that are queued."""
+    ask_for_ourselves(w, build_forgets)
+
+
+cdef void _serve_interrupt(worker *w) noexcept nogil:
+    interrupt(w.mount, w.device, w.request.unique, (<fuse_interrupt_in *>w.argument).unique)
+
+
+cdef void _serve_done(worker *w) noexcept nogil:
+    """DESTROY: the end comes with ENODEV."""
+    reply(w, NULL, 0)
+
+
+cdef void _serve_silence(worker *w) noexcept nogil:
+    """NOTIFY_REPLY, which we never ask for."""
+
+
+cdef void _serve_unknown(worker *w) noexcept nogil:
+    """Operations that we leave to the kernel's defaults, and those of kernels to come."""
+    reply_error(w, ENOSYS)
+
+
+cdef void _serve_refused(worker *w) noexcept nogil:
+    reply_error(w, EIO)
+
+
+# ---- table ---------------------------------------------------------------------------------------------------------
+
+cdef operation_row _rows[FUSE_OPCODES]
+cdef operation_row _unknown_row
+
+
+cdef void _row(uint32_t opcode, size_t least_bytes, size_t reply_bytes, uint32_t flags) noexcept:
+    """A request that is relayed: its argument's least size, the reply's size where it is fixed, what it makes."""
+    _rows[opcode].serve = _relay
+    _rows[opcode].build = request_builder(opcode)
+    _rows[opcode].answer = reply_handler(opcode)
+    _rows[opcode].least_bytes = <uint32_t>least_bytes
+    _rows[opcode].reply_bytes = <uint32_t>reply_bytes
+    _rows[opcode].flags = flags
+
+
+cdef void _local_row(uint32_t opcode, server serve, size_t least_bytes) noexcept:
+    """A request that is answered here."""
+    _rows[opcode].serve = serve
+    _rows[opcode].least_bytes = <uint32_t>least_bytes
+    _rows[opcode].flags = BY_HANDLE
+
+
+cdef void _fill_rows() noexcept:
+    cdef uint32_t opcode
+    _unknown_row.serve = _serve_unknown
+    for opcode in range(FUSE_OPCODES):
+        _rows[opcode] = _unknown_row
+    _row(FUSE_LOOKUP, 2, 0, REPEATABLE | MAKES_ENTRY)
+    _row(FUSE_GETATTR, sizeof(fuse_getattr_in), sizeof(attributes_reply), REPEATABLE)
+    _row(FUSE_SETATTR, sizeof(fuse_setattr_in), sizeof(attributes_reply), 0)
+    _row(FUSE_READLINK, 0, 0, REPEATABLE)
+    _row(FUSE_SYMLINK, 4, 0, MAKES_ENTRY)
+    _row(FUSE_MKNOD, sizeof(fuse_mknod_in) + 2, 0, MAKES_ENTRY)
+    _row(FUSE_MKDIR, sizeof(fuse_mkdir_in) + 2, 0, MAKES_ENTRY)
+    _row(FUSE_UNLINK, 2, 0, 0)
+    _row(FUSE_RMDIR, 2, 0, 0)
+    _row(FUSE_RENAME, sizeof(fuse_rename_in) + 4, 0, 0)
+    _row(FUSE_RENAME2, sizeof(fuse_rename2_in) + 4, 0, 0)
+    _row(FUSE_LINK, sizeof(fuse_link_in) + 2, 0, MAKES_ENTRY)
+    _row(FUSE_OPEN, sizeof(fuse_open_in), 0, MAKES_HANDLE)
+    _row(FUSE_READ, sizeof(fuse_read_in), 0, REPEATABLE | BY_HANDLE)
+    _row(FUSE_WRITE, sizeof(fuse_write_in), sizeof(count_reply), BY_HANDLE)
+    _row(FUSE_STATFS, 0, sizeof(statfs_reply), REPEATABLE)
+    _row(FUSE_RELEASE, sizeof(fuse_release_in), 0, BY_HANDLE)
+    _row(FUSE_FSYNC, sizeof(fuse_fsync_in), 0, REPEATABLE | BY_HANDLE)
+    _row(FUSE_SETXATTR, SETXATTR_OLD_BYTES + 2, 0, 0)
+    _row(FUSE_GETXATTR, sizeof(fuse_getxattr_in) + 2, 0, REPEATABLE)
+    _row(FUSE_LISTXATTR, sizeof(fuse_getxattr_in), 0, REPEATABLE)
+    _row(FUSE_REMOVEXATTR, 2, 0, 0)
+    _row(FUSE_FLUSH, sizeof(fuse_flush_in), 0, REPEATABLE | BY_HANDLE)
+    _row(FUSE_OPENDIR, sizeof(fuse_open_in), 0, MAKES_HANDLE)
+    _row(FUSE_READDIR, sizeof(fuse_read_in), 0, REPEATABLE | BY_HANDLE)
+    _row(FUSE_READDIRPLUS, sizeof(fuse_read_in), 0, REPEATABLE | MAKES_ENTRIES | BY_HANDLE)
+    _row(FUSE_RELEASEDIR, sizeof(fuse_release_in), 0, BY_HANDLE)
+    _row(FUSE_FSYNCDIR, sizeof(fuse_fsync_in), 0, REPEATABLE | BY_HANDLE)
+    _row(FUSE_GETLK, sizeof(fuse_lk_in), sizeof(lock_reply), REPEATABLE)
+    _row(FUSE_SETLK, sizeof(fuse_lk_in), 0, REPEATABLE)
+    _row(FUSE_SETLKW, sizeof(fuse_lk_in), 0, REPEATABLE)
+    _row(FUSE_ACCESS, sizeof(fuse_access_in), 0, REPEATABLE)
+    _row(FUSE_CREATE, sizeof(fuse_create_in) + 2, 0, MAKES_ENTRY | MAKES_HANDLE)
+    _row(FUSE_TMPFILE, sizeof(fuse_create_in), 0, MAKES_ENTRY | MAKES_HANDLE)
+    _row(FUSE_IOCTL, sizeof(fuse_ioctl_in), 0, 0)
+    _row(FUSE_FALLOCATE, sizeof(fuse_fallocate_in), 0, 0)
+    _row(FUSE_LSEEK, sizeof(fuse_lseek_in), sizeof(lseek_reply), REPEATABLE)
+    _row(FUSE_COPY_FILE_RANGE, sizeof(fuse_copy_file_range_in), sizeof(count_reply), ENOSYS_MEANT)
+    _row(FUSE_COPY_FILE_RANGE_64, sizeof(fuse_copy_file_range_in), sizeof(count_reply), ENOSYS_MEANT)
+    _row(FUSE_STATX, sizeof(fuse_statx_in), sizeof(statx_reply), REPEATABLE | ENOSYS_MEANT)
+    _row(FUSE_SYNCFS, 0, 0, REPEATABLE | ENOSYS_MEANT)
+
+
+cdef void _fill_special_rows() noexcept:
+    _rows[FUSE_LOOKUP].serve = _serve_lookup
+    _rows[FUSE_FLUSH].serve = _serve_flush
+    _rows[FUSE_RELEASE].serve = _serve_release
+    _rows[FUSE_SETLK].serve = _serve_setlk
+    _rows[FUSE_SETLKW].serve = _serve_setlkw
+    _local_row(FUSE_FORGET, _serve_forget, sizeof(fuse_forget_in))
+    _local_row(FUSE_BATCH_FORGET, _serve_batch_forget, sizeof(fuse_batch_forget_in))
+    _local_row(FUSE_INTERRUPT, _serve_interrupt, sizeof(fuse_interrupt_in))
+    _local_row(FUSE_DESTROY, _serve_done, 0)
+    _local_row(FUSE_NOTIFY_REPLY, _serve_silence, 0)
+    _local_row(FUSE_INIT, _serve_refused, 0)
+
+
+_fill_rows()
+_fill_special_rows()
+
+
+# ---- serving -------------------------------------------------------------------------------------------------------
+
+cdef bint _is_denied(worker *w) noexcept nogil:
+    """allow_root: the kernel lets everybody through, and we only the owner and root."""
+    return w.mount.deny_others and w.request.uid != w.mount.owner and w.request.uid != 0 and \
+        not w.row.flags & BY_HANDLE
+
+
+cdef void serve(worker *w) noexcept nogil:
+    """Do all that the request in hand needs. It has a whole header; its argument may be too short."""
+    cdef uint32_t opcode = w.request.opcode
+    w.row = &_rows[opcode] if opcode < FUSE_OPCODES else &_unknown_row
+    w.answered = False
+    if w.argument_bytes < w.row.least_bytes:
+        reply_error(w, EINVAL)
+    elif _is_denied(w):
+        reply_error(w, EACCES)
+    else:
+        w.row.serve(w)

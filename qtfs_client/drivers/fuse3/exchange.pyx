@@ -1,0 +1,270 @@
+"""One request to the server and its reply, over the worker's own channel, through whatever happens meanwhile.
+
+The worker first looks for the reply without sleeping: waking an idle processor costs several times what a round trip
+does. Then it waits in slices, and between them sees to three things:
+
+- an INTERRUPT. A caller that is about to die gets EINTR at once. One that merely caught a signal is given two seconds,
+  because EINTR is for good here: the kernel does not restart our system calls, and few programs expect it of mkdir(2).
+- a silent server, if the mount has a timeout: EIO.
+- a broken channel: the manager gets a fresh one, and the same request goes out again under its old sequence number.
+
+Once the kernel has its answer the worker stays bound to the channel until the server's reply comes, to give back what
+it grants; or until the connection ends.
+"""
+from libc.errno cimport EAGAIN, EINTR, EIO, ENODEV
+from libc.stdint cimport int64_t, uint64_t
+
+from qtfs_client.drivers.fuse3.callers cimport fatal_signal_pending
+from qtfs_client.drivers.fuse3.device cimport reply_error
+from qtfs_client.drivers.fuse3.state cimport LINK_LOST, LINK_READY, LINK_UP, PHASE_BUILD, PHASE_SEND, PHASE_SENT, \
+    builder, line, mount_state, worker
+from qtfs_client.includes.linux cimport POLLIN, eventfd_read, eventfd_write, load_i64, load_int, load_u64, poll, pollfd, \
+    pread, store_int
+from qtfs_common.protocol cimport MESSAGE_REPLY
+from qtfs_common.transport cimport WAIT_READABLE, WAIT_WOKEN, WAIT_WRITABLE, message, now_us
+
+cdef enum:
+    SLICE_US = 1000000              # longest sleep between two looks at interrupts and timeouts
+    CAUGHT_SIGNAL_US = 2000000      # how long a caller that caught a signal still waits for success
+    MAX_ATTEMPTS = 8                # of one request, over connections that break one after the other
+    SPIN_CREDIT = 8                 # spins that may fail in a row before they are taken for useless
+    SPIN_RETRY = 64                 # requests until a useless spin is tried again
+    DIGIT_ZERO = 48
+    LOAD_SAMPLE = 64                # requests between two looks at the load
+
+
+cdef void drain(int fd) noexcept nogil:
+    """Reset an eventfd."""
+    cdef uint64_t count = 0
+    eventfd_read(fd, &count)
+
+
+cdef void lose(int manager_fd, line *link) noexcept nogil:
+    """Give up a broken channel: the manager takes it from here."""
+    store_int(&link.link, LINK_LOST)
+    eventfd_write(manager_fd, 1)
+
+
+# ---- sending and receiving -------------------------------------------------------------------------------------------
+
+cdef int _send(worker *w, builder build) noexcept nogil:
+    """Bring the message on its way, or further on its way. 0: it is out; -EAGAIN: wait; other: see ask."""
+    cdef int status
+    if w.phase == PHASE_BUILD:
+        status = build(w)
+        if status < 0:
+            return status
+        w.phase = PHASE_SEND
+        status = w.link.ch.ops.commit(w.link.ch, w.message_bytes, w.payload, w.payload_bytes)
+    else:
+        status = w.link.ch.ops.flush(w.link.ch)
+    if status == 0:
+        w.phase = PHASE_SENT
+    elif status != -EAGAIN:
+        lose(w.mount.manager_fd, &w.link)
+        status = -EAGAIN
+    return status
+
+
+cdef int _receive(worker *w, message *reply) noexcept nogil:
+    """1: the reply has come; 0: not yet, or the channel has just broken."""
+    cdef int found = w.link.ch.ops.receive(w.link.ch, reply)
+    if found == 0:
+        return 0
+    if found > 0 and reply.head.sequence == w.sequence and reply.head.flags & MESSAGE_REPLY:
+        return 1
+    lose(w.mount.manager_fd, &w.link)
+    return 0
+
+
+cdef int _spin(worker *w, message *reply) noexcept nogil:
+    """Look for the reply without sleeping, for at most spin_us: 1 or 0 as _receive."""
+    cdef int64_t until = now_us() + w.mount.spin_us
+    cdef int found = _receive(w, reply)
+    while found == 0 and load_int(&w.link.link) == LINK_UP and now_us() < until:
+        found = _receive(w, reply)
+    if found:
+        w.spin_credit = min(w.spin_credit + 1, SPIN_CREDIT)
+    else:
+        w.spin_credit -= 1
+    return found
+
+
+cdef void _sample_load(mount_state *m) noexcept nogil:
+    """Note whether threads wait for a processor: the fourth field of /proc/loadavg, proc_loadavg(5)."""
+    cdef char text[64]
+    cdef ssize_t got = pread(m.loadavg_fd, text, sizeof(text) - 1, 0)
+    cdef int spaces = 0, runnable = 0
+    cdef ssize_t i
+    for i in range(got):
+        if text[i] == b' ':
+            spaces += 1
+        elif text[i] == b'/':
+            break
+        elif spaces == 3:
+            runnable = runnable * 10 + text[i] - DIGIT_ZERO
+    store_int(&m.crowded, runnable > m.cpus)
+
+
+cdef bint _spin_pays(worker *w) noexcept nogil:
+    """Whether to spin for this reply: if it succeeded lately, or is due for a try, and nobody else wants to run."""
+    w.spin_count += 1
+    if w.spin_count % LOAD_SAMPLE == 1:
+        _sample_load(w.mount)
+    if w.mount.spin_us == 0 or load_int(&w.mount.crowded):
+        return False
+    if w.spin_credit <= 0 and w.spin_count % SPIN_RETRY == 0:
+        w.spin_credit = 1
+    return w.spin_credit > 0
+
+
+# ---- a fresh channel -------------------------------------------------------------------------------------------------
+
+cdef int _same_session(worker *w, bint in_flight) noexcept nogil:
+    """The slot lives on, and the server told how far it came. 0 or as _take_fresh."""
+    cdef uint64_t executed = w.link.fresh_sequence, asked = w.sequence
+    if in_flight and asked == executed:
+        return 0                        # the server answers again what it answered before
+    w.sequence = executed + 1
+    if w.answered and not w.own:
+        return -EINTR
+    return 0 if not in_flight or asked == executed + 1 else -EIO
+
+
+cdef int _new_session(worker *w, int phase) noexcept nogil:
+    """The server has forgotten us: what was executed is unknown. 0 or as _take_fresh."""
+    w.link.epoch = w.link.fresh_epoch
+    w.sequence = w.link.fresh_sequence + 1
+    if w.own or w.answered:
+        return -EINTR
+    return -EIO if phase == PHASE_SENT and not w.repeatable else 0
+
+
+cdef int _take_fresh(worker *w) noexcept nogil:
+    """Go on over the manager's fresh channel: 0; -EIO: the request cannot be sent again; -EINTR: nobody waits."""
+    cdef int phase = w.phase
+    w.link.ch = w.link.fresh
+    store_int(&w.link.link, LINK_UP)
+    w.phase = PHASE_BUILD
+    w.attempts += 1
+    if w.link.fresh_epoch != w.link.epoch:
+        return _new_session(w, phase)
+    if w.attempts > MAX_ATTEMPTS:
+        w.sequence = w.link.fresh_sequence + 1
+        return -EIO
+    return _same_session(w, phase != PHASE_BUILD)
+
+
+# ---- waiting -------------------------------------------------------------------------------------------------------
+
+cdef void _answer_early(worker *w, int error) noexcept nogil:
+    reply_error(w, error)
+    w.answered = True
+
+
+cdef void _see_to_interrupt(worker *w, int64_t now) noexcept nogil:
+    """Answer EINTR to an interrupted caller that will die, or that has waited long enough."""
+    if w.answered or w.own or load_u64(&w.interrupted) != w.request.unique:
+        return
+    if w.give_up_us == 0:
+        w.give_up_us = now + CAUGHT_SIGNAL_US
+    if now >= w.give_up_us or fatal_signal_pending(w.request.pid):
+        _answer_early(w, EINTR)
+
+
+cdef void _see_to_silence(worker *w, int64_t now) noexcept nogil:
+    """Answer EIO if the server has not been heard of for the mount's timeout."""
+    cdef mount_state *m = w.mount
+    if w.answered or w.own or m.timeout_us == 0 or now - w.asked_us < min(m.timeout_us, SLICE_US):
+        return
+    if now - load_i64(&m.heard_us) > m.timeout_us:
+        _answer_early(w, EIO)
+
+
+cdef int64_t _slice_us(worker *w, int64_t now) noexcept nogil:
+    """How long to sleep at most."""
+    if w.give_up_us > now and not w.answered:
+        return min(w.give_up_us - now, SLICE_US)
+    return SLICE_US
+
+
+cdef void _sleep_unconnected(worker *w, int64_t timeout_us) noexcept nogil:
+    cdef pollfd fds
+    fds.fd = w.link.wake_fd
+    fds.events = POLLIN
+    if poll(&fds, 1, <int>(timeout_us // 1000) + 1) > 0:
+        drain(w.link.wake_fd)
+
+
+cdef int _wait(worker *w) noexcept nogil:
+    """Sleep until something happens. 0; -ENODEV: the mount ends; -EIO: the server is out of reach."""
+    cdef int64_t now = now_us()
+    cdef int seen
+    if load_int(&w.mount.stopping):
+        return -ENODEV
+    _see_to_interrupt(w, now)
+    _see_to_silence(w, now)
+    if load_int(&w.link.link) != LINK_UP:
+        if load_int(&w.mount.down):
+            return -EIO
+        _sleep_unconnected(w, _slice_us(w, now))
+        return 0
+    seen = w.link.ch.ops.wait(w.link.ch, WAIT_READABLE if w.phase == PHASE_SENT else WAIT_WRITABLE, w.link.wake_fd,
+                              _slice_us(w, now))
+    if seen & WAIT_WOKEN:
+        drain(w.link.wake_fd)
+    return 0
+
+
+cdef int _advance(worker *w, builder build, message *reply) noexcept nogil:
+    """Do what can be done without sleeping: 1: the reply is there; 0: wait; -errno: as ask."""
+    cdef int status
+    if load_int(&w.link.link) == LINK_READY:
+        status = _take_fresh(w)
+        if status < 0:
+            return status
+    if load_int(&w.link.link) == LINK_LOST:
+        return 0
+    if w.phase != PHASE_SENT:
+        status = _send(w, build)
+        if status < 0:
+            return 0 if status == -EAGAIN else status
+        if _spin_pays(w):
+            return _spin(w, reply)
+    return _receive(w, reply)
+
+
+cdef int _converse(worker *w, builder build, message *reply) noexcept nogil:
+    cdef int status = 0
+    w.phase = PHASE_BUILD
+    w.attempts = 0
+    w.give_up_us = 0
+    w.sequence += 1
+    w.asked_us = now_us()
+    while status == 0:
+        status = _advance(w, build, reply)
+        if status == 0:
+            status = _wait(w)
+    if w.phase == PHASE_BUILD and load_int(&w.link.link) == LINK_UP:
+        w.sequence -= 1                 # nothing was sent
+    return status
+
+
+cdef int ask(worker *w, builder build, bint repeatable, message *reply) noexcept nogil:
+    """Send what `build` makes for the kernel's request, and wait for the reply.
+
+    1: it is in `reply`, to be handed on, or undone if worker.answered is set. -errno: there is none, and the kernel is
+    to be told so unless worker.answered is set.
+    """
+    w.own = False
+    w.repeatable = repeatable
+    return _converse(w, build, reply)
+
+
+cdef void ask_for_ourselves(worker *w, builder build) noexcept nogil:
+    """Send what `build` makes where no caller waits; whatever becomes of it."""
+    cdef message reply
+    w.own = True
+    w.repeatable = True
+    _converse(w, build, &reply)
+    w.own = False

@@ -1,0 +1,100 @@
+"""INTERRUPT: finding the request that it names, wherever that is.
+
+Source: Documentation/filesystems/fuse, "Interrupting filesystem operations".
+"""
+from libc.errno cimport EAGAIN, EINTR, EIO
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdlib cimport free
+
+from qtfs_client.drivers.fuse3.callers cimport fatal_signal_pending
+from qtfs_client.drivers.fuse3.device cimport write_reply
+from qtfs_client.drivers.fuse3.state cimport lock_wait, mount_state, pending_request, worker
+from qtfs_client.includes.fuse_abi cimport fuse_in_header
+from qtfs_client.includes.linux cimport eventfd_write, load_i64, load_int, load_u64, pthread_mutex_lock, \
+    pthread_mutex_unlock, store_u64
+from qtfs_common.transport cimport now_us
+
+cdef enum:
+    CAUGHT_SIGNAL_US = 2000000      # as in exchange.pyx
+
+
+cdef bint _in_a_worker(mount_state *m, uint64_t target) noexcept nogil:
+    cdef worker *w
+    cdef uint32_t i
+    for i in range(m.worker_count):
+        w = m.workers[i]
+        if load_u64(&w.current) == target:
+            store_u64(&w.interrupted, target)
+            eventfd_write(w.link.wake_fd, 1)
+            return True
+    return False
+
+
+cdef bint _waiting_for_a_lock(mount_state *m, uint64_t target) noexcept nogil:
+    cdef lock_wait *wait = m.lock_waits
+    while wait != NULL:
+        if wait.request.unique == target:
+            wait.interrupted = True
+            eventfd_write(m.event_fd, 1)
+            return True
+        wait = wait.next
+    return False
+
+
+cdef bint _set_aside(mount_state *m, uint64_t target) noexcept nogil:
+    cdef pending_request *pending = m.pending
+    while pending != NULL:
+        if (<fuse_in_header *>(pending + 1)).unique == target:
+            pending.interrupted_us = now_us()
+            eventfd_write(m.event_fd, 1)
+            return True
+        pending = pending.next
+    return False
+
+
+cdef void interrupt(mount_state *m, int device, uint64_t unique, uint64_t target) noexcept nogil:
+    """Tell whoever holds the request `target`. `unique` is the INTERRUPT's own, `device` where it was read.
+
+    If nobody holds it, it is either answered already, or read by a thread that has not come to note it: EAGAIN makes
+    the kernel send the INTERRUPT again while the request exists. It looks among the requests of the descriptor that
+    the answer comes by, so both are tried.
+    """
+    cdef bint found
+    pthread_mutex_lock(&m.guard)
+    found = _in_a_worker(m, target) or _waiting_for_a_lock(m, target) or _set_aside(m, target)
+    pthread_mutex_unlock(&m.guard)
+    if not found and write_reply(m.device, unique, -EAGAIN, NULL, 0, NULL, 0) < 0 and m.triage_device >= 0:
+        write_reply(m.triage_device, unique, -EAGAIN, NULL, 0, NULL, 0)
+
+
+# ---- requests that were set aside --------------------------------------------------------------------------------------
+
+cdef int _early_error(mount_state *m, pending_request *pending, int64_t now) noexcept nogil:
+    """What a request that no worker has taken yet is to be answered by now; 0: nothing, it goes on waiting."""
+    cdef fuse_in_header *request = <fuse_in_header *>(pending + 1)
+    if load_int(&m.down) or (m.timeout_us > 0 and now - pending.since_us > m.timeout_us and
+                             now - load_i64(&m.heard_us) > m.timeout_us):
+        return EIO
+    if pending.interrupted_us > 0 and (now - pending.interrupted_us > CAUGHT_SIGNAL_US or
+                                       fatal_signal_pending(request.pid)):
+        return EINTR
+    return 0
+
+
+cdef void answer_pending_locked(mount_state *m, int64_t now) noexcept nogil:
+    """Answer what need not wait for a worker any longer: the server has not seen it, so there is nothing to undo."""
+    cdef pending_request **at = &m.pending
+    cdef pending_request *pending
+    cdef int error
+    while at[0] != NULL:
+        pending = at[0]
+        error = _early_error(m, pending, now)
+        if error == 0:
+            at = &pending.next
+            continue
+        write_reply(m.triage_device, (<fuse_in_header *>(pending + 1)).unique, -error, NULL, 0, NULL, 0)
+        at[0] = pending.next
+        m.pending_count -= 1
+        m.pending_bytes -= pending.size
+        free(pending)
+    m.pending_end = at

@@ -1,0 +1,245 @@
+"""`Mount`: the state of one mount as Python sees it. What is per-request is not here."""
+from libc.errno cimport EPROTONOSUPPORT
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memset
+
+from qtfs_client.drivers.fuse3.device cimport clone_device, negotiate
+from qtfs_client.drivers.fuse3.events cimport watch
+from qtfs_client.drivers.fuse3.state cimport BUFFER_BYTES, CACHE_ALWAYS, CACHE_AUTO, CACHE_NONE, LINK_LOST, \
+    LINK_READY, LINK_UP, line, lock_wait, mount_state, pending_request, worker
+from qtfs_client.drivers.fuse3.workers cimport stop, work
+from qtfs_client.includes.fuse_abi cimport fuse_in_header, fuse_write_in
+from qtfs_client.includes.linux cimport EFD_CLOEXEC, EFD_NONBLOCK, O_CLOEXEC, O_RDONLY, POLLIN, close, eventfd, \
+    eventfd_write, load_int, open as c_open, poll, pollfd, posix_memalign, pthread_mutex_destroy, pthread_mutex_init, \
+    pthread_mutex_lock, pthread_mutex_unlock, store_int
+from qtfs_common.protocol cimport MAX_SLOTS
+from qtfs_common.transport cimport Connection, now_us
+
+import os
+
+cdef enum:
+    PAGE_BYTES = 4096
+    DAY_S = 86400
+
+_CACHES = {"none": CACHE_NONE, "auto": CACHE_AUTO, "always": CACHE_ALWAYS}
+
+#: What stands for the event channel where lines are named by their slot.
+EVENT_LINE = -1
+
+
+cdef worker *_worker_new(mount_state *m, uint32_t slot) noexcept:
+    """A worker with its buffers, or NULL. Pages of the buffers that are never used cost nothing."""
+    cdef worker *w = <worker *>calloc(1, sizeof(worker))
+    if w == NULL:
+        return NULL
+    w.mount = m
+    w.slot = slot
+    w.spin_credit = 1
+    w.link.wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+    if w.link.wake_fd < 0 or posix_memalign(<void **>&w.memory, PAGE_BYTES, BUFFER_BYTES + PAGE_BYTES) != 0:
+        _worker_free(w)
+        return NULL
+    w.buffer = w.memory + PAGE_BYTES - sizeof(fuse_in_header) - sizeof(fuse_write_in)
+    memset(w.buffer, 0, sizeof(fuse_in_header))
+    w.request = <fuse_in_header *>w.buffer
+    w.argument = w.buffer + sizeof(fuse_in_header)
+    return w
+
+
+cdef void _worker_free(worker *w) noexcept:
+    if w.link.wake_fd >= 0:
+        close(w.link.wake_fd)
+    free(w.memory)
+    free(w)
+
+
+cdef class Mount:
+    """Serves the requests of a FUSE device. Every thread that runs in it must have returned before it is dropped."""
+    cdef mount_state m
+    cdef dict connections               # slot or EVENT_LINE: Connection; they own what the lines point to
+
+    def __cinit__(self):
+        memset(&self.m, 0, sizeof(self.m))
+        self.m.device = self.m.triage_device = self.m.loadavg_fd = -1
+        self.m.event_fd = self.m.manager_fd = -1
+        self.m.pending_end = &self.m.pending
+        self.m.event.link = LINK_LOST
+        pthread_mutex_init(&self.m.guard, NULL)
+
+    def __init__(self, int device, *, str cache="auto", int channels=16, double timeout_s=30.0, int spin_us=200,
+                 owner: int | None = None):
+        """Take over a mounted /dev/fuse descriptor. `owner`: the only user besides root who is let in."""
+        self.connections = {}
+        self.m.device = device
+        self.m.cache = _CACHES[cache]
+        self.m.name_valid_s = {"none": 0, "auto": 1, "always": DAY_S}[cache]
+        self.m.absent_valid_s = DAY_S if cache == "always" else 0
+        self.m.worker_limit = min(channels, MAX_SLOTS)
+        self.m.timeout_us = <int64_t>(timeout_s * 1e6)
+        self.m.spin_us = spin_us
+        self.m.cpus = len(os.sched_getaffinity(0))
+        self.m.deny_others = owner is not None
+        self.m.owner = owner or 0
+        self.m.heard_us = now_us()
+        self.m.loadavg_fd = c_open(b"/proc/loadavg", O_RDONLY | O_CLOEXEC)
+        self.m.event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+        self.m.manager_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+        if self.m.event_fd < 0 or self.m.manager_fd < 0:
+            raise OSError("no descriptors are left")
+
+    def __dealloc__(self):
+        self._free_lists()
+        for slot in range(self.m.worker_count):
+            _worker_free(self.m.workers[slot])
+        for fd in (self.m.device, self.m.triage_device, self.m.loadavg_fd, self.m.event_fd, self.m.manager_fd):
+            if fd >= 0:
+                close(fd)
+        pthread_mutex_destroy(&self.m.guard)
+
+    cdef void _free_lists(self) noexcept:
+        cdef pending_request *pending = self.m.pending
+        cdef lock_wait *wait = self.m.lock_waits
+        while pending != NULL:
+            self.m.pending = pending.next
+            free(pending)
+            pending = self.m.pending
+        while wait != NULL:
+            self.m.lock_waits = wait.next
+            free(wait)
+            wait = self.m.lock_waits
+        free(self.m.forgets)
+        self.m.forgets = NULL
+
+    def negotiate(self) -> bool:
+        """Answer the kernel's INIT; False if the file system was unmounted meanwhile. Raises OSError.
+
+        EPROTONOSUPPORT: the kernel speaks a protocol older than FUSE 7.31 (Linux 5.4 has that).
+        """
+        cdef int status
+        with nogil:
+            status = negotiate(&self.m)
+        if status == -EPROTONOSUPPORT:
+            raise OSError(EPROTONOSUPPORT, "this kernel's FUSE is too old")
+        if status < 0:
+            return False
+        self.m.triage_device = clone_device(self.m.device)
+        return True
+
+    @property
+    def has_triage(self) -> bool:
+        """Whether interrupts are seen while every worker is busy."""
+        return self.m.triage_device >= 0
+
+    # ---- lines ----
+
+    cdef line *_line(self, int slot) noexcept:
+        return &self.m.event if slot == EVENT_LINE else &self.m.workers[slot].link
+
+    def add_worker(self, Connection connection not None, uint32_t epoch, uint64_t last_sequence=0) -> int:
+        """Make one more worker, on a connection that is attached as the next slot; a thread then runs it."""
+        cdef uint32_t slot = self.m.worker_count
+        cdef worker *w = _worker_new(&self.m, slot)
+        if w == NULL:
+            raise MemoryError
+        w.link.ch = &connection.ch
+        w.link.epoch = epoch
+        w.sequence = last_sequence
+        self.connections[slot] = connection
+        pthread_mutex_lock(&self.m.guard)
+        self.m.workers[slot] = w
+        self.m.worker_count += 1
+        self.m.starting = False
+        pthread_mutex_unlock(&self.m.guard)
+        return slot
+
+    def deliver(self, int slot, Connection connection not None, uint32_t epoch, uint64_t last_sequence) -> None:
+        """Replace the lost channel of a slot, or of EVENT_LINE."""
+        cdef line *link = self._line(slot)
+        old = self.connections.get(slot)
+        link.fresh = &connection.ch
+        link.fresh_sequence = last_sequence
+        link.fresh_epoch = epoch
+        self.connections[slot] = connection
+        store_int(&link.link, LINK_READY)
+        eventfd_write(self.m.event_fd if slot == EVENT_LINE else link.wake_fd, 1)
+        if old is not None:
+            old.close()
+
+    def lost(self) -> list[int]:
+        """Slots whose channels broke, and EVENT_LINE, which comes first."""
+        return [slot for slot in range(EVENT_LINE, <int>self.m.worker_count)
+                if load_int(&self._line(slot).link) == LINK_LOST]
+
+    def detached_event_channel(self) -> Connection | None:
+        """The event channel, once the mount has ended, if it still stands."""
+        return self.connections.get(EVENT_LINE) if load_int(&self.m.event.link) == LINK_UP else None
+
+    # ---- for the manager ----
+
+    @property
+    def wants_worker(self) -> bool:
+        """Whether all workers are busy, and there may be more."""
+        return self.m.starting
+
+    @property
+    def worker_count(self) -> int:
+        """Workers that were made."""
+        return self.m.worker_count
+
+    def worker_failed(self) -> None:
+        """No worker could be made; it will be asked for again."""
+        pthread_mutex_lock(&self.m.guard)
+        self.m.starting = False
+        pthread_mutex_unlock(&self.m.guard)
+
+    def limit_workers(self) -> None:
+        """Be content with the workers there are."""
+        pthread_mutex_lock(&self.m.guard)
+        self.m.worker_limit = self.m.worker_count
+        self.m.starting = False
+        pthread_mutex_unlock(&self.m.guard)
+
+    def set_down(self, bint down) -> None:
+        """Whether the server is out of reach: then whatever has no channel fails at once."""
+        store_int(&self.m.down, down)
+        for slot in range(self.m.worker_count):
+            eventfd_write(self.m.workers[slot].link.wake_fd, 1)
+        eventfd_write(self.m.event_fd, 1)
+
+    def wait(self, double timeout_s) -> None:
+        """Sleep until a channel breaks, a worker is wanted, or the mount ends."""
+        cdef pollfd fds
+        cdef uint64_t count = 0
+        cdef int timeout_ms = <int>(timeout_s * 1000) if timeout_s >= 0 else -1
+        fds.fd = self.m.manager_fd
+        fds.events = POLLIN
+        with nogil:
+            poll(&fds, 1, timeout_ms)
+        try:
+            os.read(self.m.manager_fd, 8)
+        except BlockingIOError:
+            pass
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the mount has ended."""
+        return load_int(&self.m.stopping) != 0
+
+    # ---- threads ----
+
+    def run_worker(self, uint32_t slot) -> None:
+        """Serve requests until the mount ends."""
+        cdef worker *w = self.m.workers[slot]
+        with nogil:
+            work(w)
+
+    def run_events(self) -> None:
+        """Serve the event channel until the mount ends."""
+        with nogil:
+            watch(&self.m)
+
+    def stop(self) -> None:
+        """End every thread that is not in the kernel; those in read(/dev/fuse) end with the mount."""
+        with nogil:
+            stop(&self.m)

@@ -1,0 +1,171 @@
+"""What the threads of one mount share, and what belongs to one of them.
+
+Threads: *workers*, each with a slot channel of its own for life; the *event* thread, which owns the event channel and
+reads the device while every worker is busy (triage); the *manager*, in Python, which starts workers and reconnects
+channels. Workers and the event thread run without the GIL from their first request to their last.
+
+Lock order: mount_state.guard, then nothing. It is never held over a system call that can block. Fields marked
+*atomic* are read and written without it, through the functions of includes/linux.pxd.
+
+A connection that breaks changes hands: its owner sets line.link to LINK_LOST and touches it no more; the manager puts
+a fresh channel in line.fresh and sets LINK_READY; the owner takes it and sets LINK_UP.
+"""
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+
+from qtfs_client.includes.fuse_abi cimport fuse_in_header
+from qtfs_client.includes.linux cimport pthread_mutex_t
+from qtfs_common.protocol cimport MAX_SLOTS, forget_item, lock_request
+from qtfs_common.transport cimport channel, message
+
+cdef enum:
+    MAX_IDLE = 2                    # workers that wait in read(/dev/fuse); the others park
+    REQUEST_PAYLOAD = 1 << 20       # largest WRITE and READ that INIT offers
+    BUFFER_BYTES = REQUEST_PAYLOAD + 8192
+    PENDING_REQUESTS = 4096         # set aside while all workers are busy
+    PENDING_BYTES = 64 << 20
+    FORGETS_AT_ONCE = 2048          # in one FORGET message
+    MAX_FORGETS = 1 << 20           # kept for sending; more are dropped, and the server's LRU has to do
+
+cdef enum cache_mode:
+    CACHE_NONE
+    CACHE_AUTO
+    CACHE_ALWAYS
+
+cdef enum:                          # line.link
+    LINK_UP
+    LINK_LOST
+    LINK_READY
+
+cdef struct line:                   # a channel that is replaced when it breaks
+    channel *ch
+    int32_t link                    # atomic
+    int wake_fd                     # eventfd: look at link, at interrupts, at being parked
+    uint32_t epoch                  # counts the sessions of this mount: of the session that ch belongs to
+    channel *fresh
+    uint64_t fresh_sequence         # the last one the server executed
+    uint32_t fresh_epoch
+
+cdef enum:                          # worker.phase: how far the message under way has come
+    PHASE_BUILD
+    PHASE_SEND
+    PHASE_SENT
+
+ctypedef int (*builder)(worker *) noexcept nogil            # put a request together: 0, or -errno to answer at once
+ctypedef void (*server)(worker *) noexcept nogil            # do all that a request needs
+ctypedef int (*replier)(worker *, message *) noexcept nogil # hand a reply to the kernel: 0, or -errno of the device
+
+cdef enum:                          # operation_row.flags
+    REPEATABLE = 1                  # may be executed twice
+    MAKES_ENTRY = 2                 # the reply counts a lookup
+    MAKES_HANDLE = 4                # the reply opens a handle
+    MAKES_ENTRIES = 8               # READDIRPLUS
+    BY_HANDLE = 16                  # allowed to everybody who got hold of a descriptor (allow_root)
+    ENOSYS_MEANT = 32               # the kernel may remember ENOSYS for good
+
+cdef struct operation_row:          # one FUSE opcode
+    server serve
+    builder build
+    replier answer
+    uint32_t least_bytes            # of the argument
+    uint32_t reply_bytes            # of the server's reply, where it is fixed
+    uint32_t flags
+
+cdef struct worker:
+    mount_state *mount
+    uint32_t slot
+    line link
+    worker *next_parked
+    bint parked                     # under guard
+    # the kernel's request
+    uint8_t *memory                 # what buffer lies in
+    uint8_t *buffer                 # placed so that the data of a WRITE begins on a page
+    fuse_in_header *request         # = buffer
+    uint8_t *argument
+    size_t argument_bytes
+    int device                      # the descriptor it was read from, which takes the reply
+    const operation_row *row
+    uint64_t current                # atomic: its unique while an INTERRUPT can find it here, else 0
+    uint64_t interrupted            # atomic: the unique that an INTERRUPT named last
+    int64_t give_up_us              # when an interrupted request is answered EINTR; 0: not interrupted
+    bint answered                   # the kernel has its answer; what still comes from the server is undone
+    # the message to the server
+    int phase
+    uint64_t sequence
+    uint8_t *room                   # where it is built, in the channel
+    size_t message_bytes            # without the payload
+    const uint8_t *payload
+    size_t payload_bytes
+    bint repeatable                 # it may be executed twice
+    bint own                        # no caller waits for it
+    int attempts
+    int64_t asked_us
+    uint64_t undo_node              # what build_undo_release sends
+    uint64_t undo_handle
+    bint undo_directory
+    # spinning
+    int spin_credit
+    uint32_t spin_count
+
+cdef struct pending_request:        # read while all workers were busy; the bytes follow
+    pending_request *next
+    size_t size
+    int64_t since_us
+    int64_t interrupted_us          # 0: not
+
+cdef struct lock_wait:              # a SETLKW that the server has not granted yet
+    lock_wait *next
+    fuse_in_header request
+    lock_request lock
+    int device
+    bint sent
+    bint interrupted
+    bint cancelled                  # CANCEL was sent
+    int64_t since_us
+
+cdef struct mount_state:
+    # fixed once the mount serves
+    int device                      # /dev/fuse
+    int triage_device               # a non-blocking clone of it; -1: none
+    cache_mode cache
+    uint64_t name_valid_s           # how long the kernel trusts a name and its attributes
+    uint64_t absent_valid_s         # the same for a name that is not there
+    bint direct_mmap                # the kernel can mmap what is open with FOPEN_DIRECT_IO
+    bint setxattr_ext
+    bint deny_others                # allow_root: only `owner` and root
+    uint32_t owner
+    uint32_t max_read
+    int64_t timeout_us              # 0: wait for ever
+    int64_t spin_us
+    int32_t cpus
+    int loadavg_fd
+    int event_fd                    # wakes the event thread
+    int manager_fd                  # wakes the manager
+    # atomic
+    int32_t stopping
+    int32_t down                    # the server could not be reached for timeout_us: fail at once
+    int32_t crowded                 # more runnable threads than processors
+    int32_t posix_locks             # a POSIX lock was asked for, ever
+    int32_t releases                # RELEASEs under way
+    int64_t heard_us                # when the event channel last brought something
+    # under guard
+    pthread_mutex_t guard
+    worker *workers[MAX_SLOTS]
+    uint32_t worker_count           # running or being started
+    uint32_t worker_limit
+    uint32_t idle                   # in read(/dev/fuse), or about to be
+    uint32_t coming                 # woken: they will be idle soon
+    bint starting                   # the manager is asked for one more
+    worker *parked
+    bint saturated                  # the event thread was told that nobody is idle
+    pending_request *pending
+    pending_request **pending_end
+    size_t pending_count
+    size_t pending_bytes
+    forget_item *forgets
+    size_t forget_count             # atomic too, as a hint
+    size_t forget_room
+    lock_wait *lock_waits
+    # the event thread's own
+    line event
+    bint event_flushing
+    int64_t pinged_us

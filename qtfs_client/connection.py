@@ -70,6 +70,10 @@ class Engine:
         self._key = key
         self._timeout_s = timeout_s or _FOR_EVER_S
 
+    def with_timeout(self, timeout_s: float) -> Engine:
+        """The same engine, asked with another patience; 0 waits for ever."""
+        return Engine(self.address, self._key, timeout_s)
+
     def mount(self, source: str, *, read_only: bool = False, slots: int = 16) -> tuple[Connection, Ticket]:
         """Open a session on a directory of the server; the connection is its slot 0.
 

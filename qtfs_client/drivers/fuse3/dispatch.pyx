@@ -215,7 +215,7 @@ cdef void _local_row(uint32_t opcode, server serve, size_t least_bytes) noexcept
 cdef void _fill_rows() noexcept:
     cdef uint32_t opcode
     _unknown_row.serve = _serve_unknown
-    for opcode in range(FUSE_OPCODES):
+    for opcode in range(<uint32_t>FUSE_OPCODES):
         _rows[opcode] = _unknown_row
     _row(FUSE_LOOKUP, 2, 0, REPEATABLE | MAKES_ENTRY)
     _row(FUSE_GETATTR, sizeof(fuse_getattr_in), sizeof(attributes_reply), REPEATABLE)

@@ -17,7 +17,7 @@ from qtfs_client.drivers.fuse3.state cimport BUFFER_BYTES, LINK_LOST, LINK_READY
     PENDING_REQUESTS, lock_wait, mount_state, pending_request, worker
 from qtfs_client.includes.fuse_abi cimport FUSE_BATCH_FORGET, FUSE_FORGET, FUSE_INTERRUPT, FUSE_LK_FLOCK, \
     fuse_batch_forget_in, fuse_forget_in, fuse_in_header, fuse_interrupt_in, fuse_lk_in
-from qtfs_client.includes.linux cimport POLLIN, eventfd_write, load_i64, load_int, load_u64, poll, pollfd, \
+from qtfs_client.includes.linux cimport POLLIN, add_int, eventfd_write, load_i64, load_int, load_u64, poll, pollfd, \
     pthread_mutex_lock, pthread_mutex_unlock, read, store_i64, store_int, store_u64
 from qtfs_common.protocol cimport EVENT_SLOT, LOCK_FLOCK, MESSAGE_REPLY, OP_CANCEL, OP_PING, OP_SETLKW, caller, header, \
     lock_request
@@ -113,6 +113,12 @@ cdef void _see_to_waits_locked(mount_state *m, int64_t now) noexcept nogil:
             at = &at[0].next
 
 
+cdef void _lose(mount_state *m) noexcept nogil:
+    """The event channel broke: whatever broke it may have broken the others."""
+    add_int(&m.breaks, 1)
+    lose(m.manager_fd, &m.event)
+
+
 # ---- sending -------------------------------------------------------------------------------------------------------
 
 cdef uint8_t *_begin(mount_state *m, uint16_t op, uint64_t tag, size_t body_bytes) noexcept nogil:
@@ -180,7 +186,7 @@ cdef void _send(mount_state *m, int64_t now) noexcept nogil:
         status = m.event.ch.ops.commit(m.event.ch, sizeof(header) + body_bytes, NULL, 0)
     m.event_flushing = status == -EAGAIN
     if status < 0 and status != -EAGAIN:
-        lose(m.manager_fd, &m.event)
+        _lose(m)
 
 
 # ---- receiving -----------------------------------------------------------------------------------------------------
@@ -205,7 +211,7 @@ cdef void _receive(mount_state *m, int64_t now) noexcept nogil:
         _take_message(m, &got)
         found = m.event.ch.ops.receive(m.event.ch, &got)
     if found != 0:
-        lose(m.manager_fd, &m.event)
+        _lose(m)
 
 
 cdef void _take_fresh(mount_state *m, int64_t now) noexcept nogil:

@@ -12,7 +12,7 @@ Once the kernel has its answer the worker stays bound to the channel until the s
 it grants; or until the connection ends.
 """
 from libc.errno cimport EAGAIN, EINTR, EIO, ENODEV
-from libc.stdint cimport int64_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint64_t
 
 from qtfs_client.drivers.fuse3.callers cimport fatal_signal_pending
 from qtfs_client.drivers.fuse3.device cimport reply_error
@@ -216,6 +216,14 @@ cdef int _wait(worker *w) noexcept nogil:
     return 0
 
 
+cdef void _look_at_channel(worker *w, message *reply) noexcept nogil:
+    """Find out whether the channel broke when the event channel did, before anything is sent that may be lost in it."""
+    cdef int32_t breaks = load_int(&w.mount.breaks)
+    if w.breaks_seen != breaks:
+        w.breaks_seen = breaks
+        _receive(w, reply)
+
+
 cdef int _advance(worker *w, builder build, message *reply) noexcept nogil:
     """Do what can be done without sleeping: 1: the reply is there; 0: wait; -errno: as ask."""
     cdef int status
@@ -223,7 +231,9 @@ cdef int _advance(worker *w, builder build, message *reply) noexcept nogil:
         status = _take_fresh(w)
         if status < 0:
             return status
-    if load_int(&w.link.link) == LINK_LOST:
+    if w.phase == PHASE_BUILD:
+        _look_at_channel(w, reply)
+    if load_int(&w.link.link) != LINK_UP:
         return 0
     if w.phase != PHASE_SENT:
         status = _send(w, build)

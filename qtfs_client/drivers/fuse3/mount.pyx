@@ -240,6 +240,6 @@ cdef class Mount:
             watch(&self.m)
 
     def stop(self) -> None:
-        """End every thread that is not in the kernel; those in read(/dev/fuse) end with the mount."""
+        """End every thread; those in read(/dev/fuse) notice when the mount ends, or at the next signal they get."""
         with nogil:
             stop(&self.m)

@@ -102,12 +102,14 @@ cdef int _answer_opendir(worker *w, message *m) noexcept nogil:
 
 cdef int _answer_create(worker *w, message *m) noexcept nogil:
     cdef create_reply *made = <create_reply *>m.body
+    cdef fuse_open_out *out
     cdef bint uncached
     if m.body_bytes != sizeof(create_reply):
         return reply_error(w, EIO)
     uncached = made.made.node_flags & NODE_UNCACHED
-    (<fuse_open_out *>&made.opened).open_flags = _opening(w, &made.opened, uncached)
-    (<fuse_open_out *>&made.opened).padding = 0
+    out = <fuse_open_out *>(m.body + sizeof(entry))
+    out.open_flags = _opening(w, &made.opened, uncached)
+    out.padding = 0
     _set_entry_validity(w.mount, m.body)
     return reply(w, m.body, sizeof(create_reply))
 
@@ -228,7 +230,7 @@ cdef void note_undo(worker *w, message *m) noexcept nogil:
 
 cdef replier _repliers[FUSE_OPCODES]
 cdef uint32_t _opcode
-for _opcode in range(FUSE_OPCODES):
+for _opcode in range(<uint32_t>FUSE_OPCODES):
     _repliers[_opcode] = _answer_as_it_is
 
 

@@ -102,6 +102,7 @@ cdef struct worker:
     uint64_t undo_node              # what build_undo_release sends
     uint64_t undo_handle
     bint undo_directory
+    int32_t breaks_seen             # mount_state.breaks when the channel was last found whole
     # spinning
     int spin_credit
     uint32_t spin_count
@@ -146,6 +147,7 @@ cdef struct mount_state:
     int32_t crowded                 # more runnable threads than processors
     int32_t posix_locks             # a POSIX lock was asked for, ever
     int32_t releases                # RELEASEs under way
+    int32_t breaks                  # how often the event channel broke
     int64_t heard_us                # when the event channel last brought something
     # under guard
     pthread_mutex_t guard

@@ -1,0 +1,197 @@
+"""The fuse3 driver: mounts through libfuse 3, and speaks the kernel's protocol itself in Cython.
+
+`serve` is the manager of mount_state's description (state.pxd): it starts workers when all are busy, and replaces
+channels that break, in the session while the engine knows it and in a new one afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+import time
+
+from qtfs_client.connection import Engine, HandshakeError, SessionLostError, Ticket, encode
+from qtfs_client.drivers import mount_options
+from qtfs_client.drivers.fuse3.mount import EVENT_LINE, Mount
+from qtfs_client.drivers.mounting import FuseMount
+from qtfs_client.options import DEFAULT_MAX_READ, MountOptions
+from qtfs_common.errors import ConnectError
+from qtfs_common.protocol import EVENT, OPERATIONS
+from qtfs_common.transport import Connection
+
+log = logging.getLogger(__name__)
+
+_FIRST_WORKERS = 2
+#: Between two attempts to reach the engine, doubled each time.
+_RETRY_FIRST_S = 0.05
+_RETRY_LAST_S = 2.0
+#: For one attempt, so that the end of the mount is noticed between two.
+_ATTEMPT_S = 5.0
+_DETACH_S = 2.0
+_STACK_BYTES = 256 * 1024
+_JOIN_S = 0.2
+#: Makes a thread return from read(/dev/fuse); it does nothing else.
+_WAKE_SIGNAL = signal.SIGUSR1
+
+
+class Fuse3Driver:
+    """One mount, see qtfs_client.drivers.Driver."""
+
+    def __init__(self, options: MountOptions, engine: Engine, connection: Connection, ticket: Ticket) -> None:
+        self._options = options
+        self._engine = engine.with_timeout(min(options.timeout_s, _ATTEMPT_S) or _ATTEMPT_S)
+        self._ticket = ticket
+        self._epoch = 1
+        self._first: Connection | None = connection  # slot 0 of the session, until it is used
+        self._attached: FuseMount | None = None
+        self._mount: Mount | None = None
+        self._threads: list[threading.Thread] = []
+        self._lost_since: float | None = None
+        self._delay_s = _RETRY_FIRST_S
+
+    # ------------------------------------------------------------------------------------------------- the interface
+
+    def mount(self) -> None:
+        """Attach the file system to the mount point and agree with the kernel on the protocol. Raises MountError."""
+        options = self._options
+        wanted = list(mount_options(options))
+        if options.max_read < DEFAULT_MAX_READ:
+            wanted.append(f"max_read={options.max_read}")
+        self._attached = FuseMount(options.mountpoint, wanted)
+        self._mount = Mount(
+            self._attached.device(),
+            cache=options.cache,
+            channels=min(options.channels, self._ticket.slots),
+            timeout_s=options.timeout_s,
+            owner=os.getuid() if options.allow_root else None,
+        )
+        self._mount.negotiate()
+        if not self._mount.has_triage:
+            log.warning("this kernel cannot clone /dev/fuse: signals may wait while all channels are busy")
+
+    def serve(self) -> None:
+        """Answer the kernel until the file system is unmounted."""
+        mount = self._mount
+        assert mount is not None
+        signal.signal(_WAKE_SIGNAL, lambda _number, _frame: None)
+        threading.stack_size(_STACK_BYTES)
+        self._start(mount.run_events)
+        for _ in range(_FIRST_WORKERS):
+            self._add_worker(mount)
+        while not mount.stopping:
+            mount.wait(self._look_after(mount))
+        self._join()
+
+    def unmount(self) -> None:
+        """Detach the mount point and end `serve`."""
+        if self._attached is not None:
+            self._attached.unmount()
+        if self._mount is not None:
+            self._mount.stop()
+
+    def close(self) -> None:
+        """Tell the engine that the session is over, and give back the rest."""
+        self._detach()
+        if self._attached is not None:
+            self._attached.unmount()
+        self._mount = None
+
+    def _detach(self) -> None:
+        """DETACH, over the event channel, which nobody uses any more; without it the engine waits for us to return."""
+        connection = self._mount.detached_event_channel() if self._mount is not None else self._first
+        if connection is not None:
+            with contextlib.suppress(OSError, TimeoutError):
+                connection.send(encode(OPERATIONS["DETACH"], slot=EVENT if connection is not self._first else 0), _DETACH_S)
+                connection.receive(_DETACH_S)
+
+    # ------------------------------------------------------------------------------------------------------- manager
+
+    def _start(self, target: object, *args: object) -> None:
+        thread = threading.Thread(target=target, args=args, daemon=True)  # type: ignore[arg-type]
+        self._threads.append(thread)
+        thread.start()
+
+    def _join(self) -> None:
+        """Wait for the threads. After `unmount` files may still be open, and the kernel has to be interrupted."""
+        for thread in self._threads:
+            thread.join(_JOIN_S)
+            while thread.is_alive():
+                assert thread.ident is not None
+                signal.pthread_kill(thread.ident, _WAKE_SIGNAL)
+                thread.join(_JOIN_S)
+
+    def _look_after(self, mount: Mount) -> float:
+        """Do what there is to do: replace channels, add a worker. Seconds until the next try; -1: there is none."""
+        lost = mount.lost()
+        if lost and not self._reconnect(mount, lost):
+            return self._delay()
+        if self._lost_since is not None:
+            log.warning("%s: connected again", self._engine.address)
+            self._lost_since = None
+            mount.set_down(False)
+        if mount.wants_worker:
+            self._add_worker(mount)
+        return -1
+
+    def _add_worker(self, mount: Mount) -> None:
+        """One more worker, if the engine grants another channel."""
+        slot = mount.worker_count
+        try:
+            connection, sequence = self._attach(slot)
+        except (ConnectError, SessionLostError) as error:
+            log.info("no channel %d: %s", slot, error)
+            mount.worker_failed()
+            return
+        except HandshakeError as error:
+            log.warning("%s: going on with %d channels", error, slot)
+            mount.limit_workers()
+            return
+        mount.add_worker(connection, self._epoch, sequence)
+        self._start(mount.run_worker, slot)
+
+    def _attach(self, slot: int) -> tuple[Connection, int]:
+        """A channel of the session, and the last sequence number that the engine executed on it."""
+        if slot == 0 and self._first is not None:
+            connection, self._first = self._first, None
+            return connection, 0
+        return self._engine.attach(self._ticket, EVENT if slot == EVENT_LINE else slot)
+
+    # ---------------------------------------------------------------------------------------------------- reconnecting
+
+    def _reconnect(self, mount: Mount, lost: list[int]) -> bool:
+        """Replace broken channels; False if the engine cannot be reached now."""
+        try:
+            for slot in lost:
+                self._replace(mount, slot)
+        except (ConnectError, HandshakeError) as error:
+            if self._lost_since is None:
+                self._lost_since = time.monotonic()
+                self._delay_s = _RETRY_FIRST_S
+                log.warning("%s: trying again", error)
+            timeout_s = self._options.timeout_s
+            mount.set_down(timeout_s > 0 and time.monotonic() - self._lost_since > timeout_s)
+            return False
+        return True
+
+    def _replace(self, mount: Mount, slot: int) -> None:
+        try:
+            connection, sequence = self._attach(slot)
+        except SessionLostError as error:
+            log.warning("%s: starting afresh; files that are open are lost", error)
+            self._new_session()
+            connection, sequence = self._attach(slot)
+        mount.deliver(slot, connection, self._epoch, sequence)
+
+    def _new_session(self) -> None:
+        options = self._options
+        connection, ticket = self._engine.mount(options.source, read_only=options.read_only, slots=self._ticket.slots)
+        self._first, self._ticket = connection, ticket
+        self._epoch += 1
+
+    def _delay(self) -> float:
+        """Back-off: how long to wait before the next attempt, in seconds."""
+        delay_s, self._delay_s = self._delay_s, min(self._delay_s * 2, _RETRY_LAST_S)
+        return delay_s

@@ -1,0 +1,59 @@
+"""Looks at the mount point before and after mounting."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import subprocess
+from pathlib import Path
+
+from qtfs_client.drivers import MountError
+from qtfs_client.options import MountOptions
+
+_TYPE = "fuse.qtfs"
+_OCTAL = re.compile(r"\\([0-7]{3})")
+
+
+def check_mountpoint(mountpoint: str) -> None:
+    """See that a directory can be mounted on; what a dead daemon left there is unmounted first. Raises MountError."""
+    try:
+        found = os.stat(mountpoint)
+    except OSError as error:
+        if error.errno != errno.ENOTCONN or not _is_ours(mountpoint):
+            raise MountError(f"mount point {mountpoint}: {error.strerror}") from error
+        _unmount_dead(mountpoint)
+        check_mountpoint(mountpoint)
+        return
+    if not os.path.isdir(mountpoint):
+        raise MountError(f"mount point {mountpoint}: not a directory")
+    if _is_ours(mountpoint) and os.stat(os.path.dirname(mountpoint)).st_dev != found.st_dev:
+        raise MountError(f"mount point {mountpoint} is busy: a qtfs file system is mounted there already")
+
+
+def _is_ours(mountpoint: str) -> bool:
+    """Whether the topmost mount on a path is a qtfs one: proc_pid_mountinfo(5)."""
+    top = ""
+    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
+        fields, _, source = line.partition(" - ")
+        if _OCTAL.sub(lambda match: chr(int(match[1], 8)), fields.split(" ")[4]) == mountpoint:
+            top = source.split(" ")[0]
+    return top == _TYPE
+
+
+def _unmount_dead(mountpoint: str) -> None:
+    """Its processes get ENOTCONN already; nothing is lost."""
+    command = ["umount", "-l", mountpoint] if os.geteuid() == 0 else ["fusermount3", "-u", "-z", mountpoint]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise MountError(f"mount point {mountpoint}: the mount of a dead daemon is in the way: {done.stderr.strip()}")
+
+
+def wait_for_answer(options: MountOptions) -> None:
+    """Return once the server has answered through the mount. Raises MountError."""
+    try:
+        os.statvfs(options.mountpoint)
+    except OSError as error:
+        raise MountError(f"{options.mountpoint}: mounted, but it does not answer: {error.strerror}") from error
+    if not _is_ours(options.mountpoint):
+        raise MountError(f"{options.mountpoint}: the daemon ended at once; the system's log may say why")

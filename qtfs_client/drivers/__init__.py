@@ -59,7 +59,7 @@ def choose(name: str) -> type[Driver]:
 
 
 def mount_options(options: MountOptions) -> Iterator[str]:
-    """What every driver asks libfuse for, see mount.fuse3(8): who may use the mount, and how it is named in /proc/mounts."""
+    """What every driver asks libfuse for, mount.fuse3(8): who may use the mount, and its name in /proc/mounts."""
     yield f"fsname={options.source}"
     yield "subtype=qtfs"
     yield "ro" if options.read_only else "rw"

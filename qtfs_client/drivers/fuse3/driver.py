@@ -101,10 +101,12 @@ class Fuse3Driver:
 
     def _detach(self) -> None:
         """DETACH, over the event channel, which nobody uses any more; without it the engine waits for us to return."""
-        connection = self._mount.detached_event_channel() if self._mount is not None else self._first
+        unused = self._first
+        connection = unused or (self._mount.detached_event_channel() if self._mount is not None else None)
         if connection is not None:
+            message = encode(OPERATIONS["DETACH"], slot=EVENT if unused is None else 0)
             with contextlib.suppress(OSError, TimeoutError):
-                connection.send(encode(OPERATIONS["DETACH"], slot=EVENT if connection is not self._first else 0), _DETACH_S)
+                connection.send(message, _DETACH_S)
                 connection.receive(_DETACH_S)
 
     # ------------------------------------------------------------------------------------------------------- manager

@@ -1,0 +1,223 @@
+"""An engine in a process of its own: `qtfs_server.cli` with a run directory, a whitelist and a log of its own.
+
+    with EngineProcess(area, "unix").running() as engine:
+        Session(engine.address, engine.share)
+
+It is ready when its ready line came, stops by SIGTERM to its pid, and must then have exited with 0 and have logged
+neither an error nor a traceback but for what the test allowed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import resource
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from harness.leaks import descriptor_count, environment
+from harness.waiting import wait_until
+
+from qtfs_common.addresses import Address, parse_address
+from qtfs_common.whitelist import Type
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+READY = re.compile(r"^qtfs engine: listening on (.*)$", re.MULTILINE)
+START_TIMEOUT_S = 20.0
+STOP_TIMEOUT_S = 20.0
+TRANSPORTS = ("unix", "tcp")
+#: Whitelist types whose entries are paths that an engine checks.
+PATH_TYPES = tuple(t for t in Type if t not in (Type.KILL, Type.UDSCONNECT))
+_BAD_LINE = re.compile(r"ERROR|CRITICAL|Traceback|Fatal Python error|AddressSanitizer")
+
+
+def whitelist_text(rules: dict[Type, Sequence[str | os.PathLike[str]]]) -> str:
+    groups = (f"[{kind.group}]\nPath={';'.join(map(os.fspath, paths))};\n" for kind, paths in rules.items())
+    return "".join(groups)
+
+
+def everything_below(path: str | os.PathLike[str]) -> dict[Type, Sequence[str | os.PathLike[str]]]:
+    """Rules that allow every operation below one path."""
+    return {kind: [path] for kind in PATH_TYPES}
+
+
+class EngineProcess:
+    """An engine and its files: `area/share` is what it shares unless `rules` say otherwise."""
+
+    def __init__(
+        self,
+        area: Path,
+        transport: str = "unix",
+        *,
+        rules: dict[Type, Sequence[str | os.PathLike[str]]] | None = None,
+        arguments: Sequence[str] = (),
+        workers: int = 4,
+        descriptors: int | None = None,
+        plain: bool = False,
+    ) -> None:
+        """`plain`: the very command, without the socket that tells its figures; `descriptors`: its RLIMIT_NOFILE."""
+        self.area = area
+        self.share = area / "share"
+        self.share.mkdir(parents=True, exist_ok=True)
+        self.run_dir = area / "run"
+        self.whitelist = area / "whitelist"
+        self.log_path = area / "engine.log"
+        self.listen = f"unix://{area}/engine.sock" if transport == "unix" else "tcp://127.0.0.1:0"
+        self.workers = workers
+        self.arguments = arguments
+        self.process: subprocess.Popen[bytes] | None = None
+        self._address: Address | None = None
+        self._plain = plain
+        self._descriptors = descriptors
+        self._allowed: list[re.Pattern[str]] = []
+        self.allow(everything_below(self.share) if rules is None else rules)
+
+    # ---- life
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[EngineProcess]:
+        """Started; stopped and judged at the end, or killed if the body fails."""
+        self.start()
+        try:
+            yield self
+        except BaseException:
+            self.kill()
+            raise
+        self.stop()
+        self.check_log()
+
+    def start(self) -> None:
+        """Start and wait for the ready line. A second start of the same engine listens at the same address."""
+        with self.log_path.open("ab") as log:
+            begin = log.tell()
+            self.process = subprocess.Popen(
+                self.command(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=self._environment(),
+                preexec_fn=self._limit,
+            )
+
+        def ready() -> re.Match[str] | None:
+            found = READY.search(self.log()[begin:])
+            if found is None and self.exit_status() is not None:
+                raise AssertionError(f"the engine did not start:\n{self.log()[begin:]}")
+            return found
+
+        self._address = parse_address(wait_until(ready, "the engine's ready line", START_TIMEOUT_S).group(1))
+
+    def command(self) -> list[str]:
+        program = (
+            ["-m", "qtfs_server.cli"]
+            if self._plain
+            else [f"{CHECKOUT}/test/harness/observed_engine.py", str(self._figures_path)]
+        )
+        listen = str(self._address) if self._address else self.listen
+        options = ["--listen", listen, "--whitelist", str(self.whitelist), "--run-dir", str(self.run_dir)]
+        return [sys.executable, *program, *options, "--workers", str(self.workers), *self.arguments]
+
+    def stop(self) -> None:
+        """SIGTERM; the exit status must be 0. Harmless if it does not run."""
+        if self.process is None:
+            return
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            status = self.process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"the engine did not end within {STOP_TIMEOUT_S:g} s\n{self.log()}") from None
+        self.process = None
+        assert status == 0, f"the engine ended with {status}\n{self.log()}"
+
+    def kill(self) -> None:
+        """SIGKILL. Harmless if it does not run."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+    def exit_status(self) -> int | None:
+        return self.process.poll() if self.process else 0
+
+    def _environment(self) -> dict[str, str]:
+        # Set, not inherited: what the tester's shell says must not reach it.
+        return environment(PYTHONPATH=str(CHECKOUT), QTFS_RUN_DIR=str(self.run_dir))
+
+    def _limit(self) -> None:
+        if self._descriptors is not None:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (self._descriptors, self._descriptors))
+
+    # ---- what it says
+
+    @property
+    def address(self) -> Address:
+        assert self._address is not None, "the engine was not started"
+        return self._address
+
+    @property
+    def pid(self) -> int:
+        assert self.process is not None, "the engine does not run"
+        return self.process.pid
+
+    def log(self) -> str:
+        return self.log_path.read_text(errors="replace")
+
+    @property
+    def _figures_path(self) -> Path:
+        return self.area / "figures.sock"
+
+    def figures(self) -> dict[str, Any]:
+        """`Server.figures()` and the whitelist's denials."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+            sock.settimeout(10)
+            sock.connect(str(self._figures_path))
+            data = b"".join(iter(lambda: sock.recv(65536), b""))
+        figures: dict[str, Any] = json.loads(data)
+        return figures
+
+    def descriptors(self) -> int:
+        """Open descriptors of the process, as the kernel counts them."""
+        return descriptor_count(self.pid)
+
+    def resident_bytes(self) -> int:
+        return int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * resource.getpagesize()
+
+    # ---- rules
+
+    def allow(self, rules: dict[Type, Sequence[str | os.PathLike[str]]]) -> None:
+        """Write the whitelist."""
+        self.whitelist.write_text(whitelist_text(rules))
+
+    def reload(self, rules: dict[Type, Sequence[str | os.PathLike[str]]]) -> None:
+        """Write the whitelist and have it read. INFO is not logged, so the rules' epoch tells when that is done."""
+        before = self.figures()["reloads"]
+        self.allow(rules)
+        assert self.process is not None
+        self.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: self.figures()["reloads"] > before, "the whitelist to be read again")
+
+    # ---- judgement
+
+    def expect_log(self, pattern: str) -> None:
+        """From now on lines that match may be errors: the test provokes them."""
+        self._allowed.append(re.compile(pattern))
+
+    def check_log(self) -> None:
+        """No error, no traceback that was not expected."""
+        lines = [line for line in self.log().splitlines() if _BAD_LINE.search(line)]
+        unexpected = [line for line in lines if not any(pattern.search(line) for pattern in self._allowed)]
+        assert not unexpected, "the engine logged:\n" + "\n".join(unexpected) + f"\n--- all\n{self.log()}"
+
+    def is_idle(self) -> bool:
+        """Nobody is connected, and nothing is kept for anybody."""
+        figures = self.figures()
+        return not figures["connections"] and not figures["sessions"] and not figures["descriptors"]

@@ -17,6 +17,7 @@ import secrets
 import stat
 
 from qtfs_common.errors import ConfigError
+from qtfs_common.files import open_input
 
 NONCE_BYTES = 32
 PROOF_BYTES = 32
@@ -36,10 +37,8 @@ def load_key(path: str | os.PathLike[str]) -> bytes:
     """
     name = os.fspath(path)
     try:
-        # O_NONBLOCK: a FIFO must not hang the program.
-        fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        with open(fd, "rb") as file:
-            _check_key_file(name, os.fstat(fd))
+        with open_input(name) as file:
+            _check_key_file(name, os.fstat(file.fileno()))
             data = file.read(KEY_MAX_BYTES + 3)
     except OSError as error:
         raise ConfigError(name, f"cannot read the key: {error.strerror}") from error

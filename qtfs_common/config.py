@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 
 from qtfs_common.addresses import VSOCK_ANY, parse_address
 from qtfs_common.errors import AddressError, ConfigError
+from qtfs_common.files import open_input
 
 DEFAULT_CLIENT_CONFIG = "/etc/qtfs/client.toml"
 LOG_LEVELS = ("NONE", "ERROR", "WARN", "INFO", "DEBUG")
@@ -168,10 +169,8 @@ def value_from_text(key: str, text: str, schema: Schema) -> Any:
 
 
 def _read_text(name: str) -> str:
-    # O_NONBLOCK: a FIFO must not hang the program.
-    fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    with open(fd, "rb") as file:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
+    with open_input(name) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise ConfigError(name, "the configuration is not a regular file")
         data = file.read()
     try:

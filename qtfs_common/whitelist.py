@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 
 from qtfs_common.errors import ConfigError
+from qtfs_common.files import open_input
 
 DEFAULT_PATH = "/etc/qtfs/whitelist"
 _KEY = b"Path"
@@ -89,10 +90,8 @@ def load_whitelist(path: str | os.PathLike[str] = DEFAULT_PATH) -> Whitelist:
     """The whitelist in the file ``path``; raises ConfigError naming the file, and the line where there is one."""
     name = os.fspath(path)
     try:
-        # O_NONBLOCK: a FIFO put there by mistake must not hang the engine.
-        fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        with open(fd, "rb") as file:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
+        with open_input(name) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise ConfigError(name, "the whitelist is not a regular file")
             data = file.read()
     except OSError as error:

@@ -20,7 +20,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from harness.leaks import descriptor_count, environment
 from harness.waiting import wait_until
@@ -29,21 +29,26 @@ from qtfs_common.addresses import Address, parse_address
 from qtfs_common.whitelist import Type
 
 CHECKOUT = Path(__file__).resolve().parents[2]
+OBSERVED = CHECKOUT / "test/harness/observed_engine.py"
 READY = re.compile(r"^qtfs engine: listening on (.*)$", re.MULTILINE)
 START_TIMEOUT_S = 20.0
 STOP_TIMEOUT_S = 20.0
 TRANSPORTS = ("unix", "tcp")
 #: Whitelist types whose entries are paths that an engine checks.
 PATH_TYPES = tuple(t for t in Type if t not in (Type.KILL, Type.UDSCONNECT))
+Rules: TypeAlias = dict[Type, Sequence[str | os.PathLike[str]]]
 _BAD_LINE = re.compile(r"ERROR|CRITICAL|Traceback|Fatal Python error|AddressSanitizer")
 
 
-def whitelist_text(rules: dict[Type, Sequence[str | os.PathLike[str]]]) -> str:
-    groups = (f"[{kind.group}]\nPath={';'.join(map(os.fspath, paths))};\n" for kind, paths in rules.items())
+def whitelist_text(rules: Rules) -> str:
+    groups = []
+    for kind, paths in rules.items():
+        entries = "".join(f"{os.fspath(path)};" for path in paths)
+        groups.append(f"[{kind.group}]\nPath={entries}\n")
     return "".join(groups)
 
 
-def everything_below(path: str | os.PathLike[str]) -> dict[Type, Sequence[str | os.PathLike[str]]]:
+def everything_below(path: str | os.PathLike[str]) -> Rules:
     """Rules that allow every operation below one path."""
     return {kind: [path] for kind in PATH_TYPES}
 
@@ -56,7 +61,7 @@ class EngineProcess:
         area: Path,
         transport: str = "unix",
         *,
-        rules: dict[Type, Sequence[str | os.PathLike[str]]] | None = None,
+        rules: Rules | None = None,
         arguments: Sequence[str] = (),
         workers: int = 4,
         descriptors: int | None = None,
@@ -98,12 +103,7 @@ class EngineProcess:
         with self.log_path.open("ab") as log:
             begin = log.tell()
             self.process = subprocess.Popen(
-                self.command(),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=self._environment(),
-                preexec_fn=self._limit,
+                self.command(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self._environment()
             )
 
         def ready() -> re.Match[str] | None:
@@ -115,14 +115,11 @@ class EngineProcess:
         self._address = parse_address(wait_until(ready, "the engine's ready line", START_TIMEOUT_S).group(1))
 
     def command(self) -> list[str]:
-        program = (
-            ["-m", "qtfs_server.cli"]
-            if self._plain
-            else [f"{CHECKOUT}/test/harness/observed_engine.py", str(self._figures_path)]
-        )
+        program = ["-m", "qtfs_server.cli"] if self._plain else [str(OBSERVED), str(self._figures_path)]
+        limit = ["prlimit", f"--nofile={self._descriptors}"] if self._descriptors else []
         listen = str(self._address) if self._address else self.listen
         options = ["--listen", listen, "--whitelist", str(self.whitelist), "--run-dir", str(self.run_dir)]
-        return [sys.executable, *program, *options, "--workers", str(self.workers), *self.arguments]
+        return [*limit, sys.executable, *program, *options, "--workers", str(self.workers), *self.arguments]
 
     def stop(self) -> None:
         """SIGTERM; the exit status must be 0. Harmless if it does not run."""
@@ -151,10 +148,6 @@ class EngineProcess:
     def _environment(self) -> dict[str, str]:
         # Set, not inherited: what the tester's shell says must not reach it.
         return environment(PYTHONPATH=str(CHECKOUT), QTFS_RUN_DIR=str(self.run_dir))
-
-    def _limit(self) -> None:
-        if self._descriptors is not None:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (self._descriptors, self._descriptors))
 
     # ---- what it says
 
@@ -193,11 +186,11 @@ class EngineProcess:
 
     # ---- rules
 
-    def allow(self, rules: dict[Type, Sequence[str | os.PathLike[str]]]) -> None:
+    def allow(self, rules: Rules) -> None:
         """Write the whitelist."""
         self.whitelist.write_text(whitelist_text(rules))
 
-    def reload(self, rules: dict[Type, Sequence[str | os.PathLike[str]]]) -> None:
+    def reload(self, rules: Rules) -> None:
         """Write the whitelist and have it read. INFO is not logged, so the rules' epoch tells when that is done."""
         before = self.figures()["reloads"]
         self.allow(rules)

@@ -40,7 +40,7 @@ def _serve(listening: socket.socket, server: Any) -> None:
 
 
 def _observe(listening: socket.socket) -> None:
-    plain = engine.Server
+    plain = vars(engine)["Server"]
 
     def observed(*args: Any, **options: Any) -> Any:
         # Begun here, behind the engine's pthread_sigmask: signals must not come to this thread.
@@ -48,7 +48,7 @@ def _observe(listening: socket.socket) -> None:
         threading.Thread(target=_serve, args=(listening, server), daemon=True).start()
         return server
 
-    engine.Server = observed
+    vars(engine)["Server"] = observed
 
 
 def main() -> int:

@@ -9,7 +9,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def wait_until(condition: Callable[[], T], what: str, timeout_s: float = 10.0, period_s: float = 0.005) -> T:
+def wait_until(condition: Callable[[], T | None], what: str, timeout_s: float = 10.0, period_s: float = 0.005) -> T:
     """The first true value of `condition`; AssertionError naming `what` once the time is over."""
     deadline = time.monotonic() + timeout_s
     while True:

@@ -10,7 +10,10 @@ cdef extern from *:
     #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
     #error "qtfs overlays its little-endian wire structures on memory: this machine is big-endian"
     #endif
+    /* No enumerator: those are int, and Python would see -1. */
+    #define QTFS_EVENT_SLOT UINT32_C(0xffffffff)
     """
+    const uint32_t EVENT_SLOT "QTFS_EVENT_SLOT"     # in ATTACH: the connection becomes the session's event channel
 
 cdef enum:
     PROTOCOL_VERSION = 1
@@ -26,7 +29,6 @@ cdef enum:
     SECRET_BYTES = 32
     PROOF_BYTES = 32
     ROOT_NODE = 1                   # FUSE_ROOT_ID
-    EVENT_SLOT = 0xffffffff         # in ATTACH: this connection becomes the session's event channel
 
 cdef enum:                          # header.flags
     MESSAGE_REPLY = 1

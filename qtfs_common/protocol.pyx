@@ -1,6 +1,4 @@
 """The wire format for Python: operation names and numbers, and encoders for what is not per-request."""
-from libc.stdint cimport uint32_t
-
 from typing import Final
 
 OPERATIONS: Final[dict[str, int]] = {
@@ -31,7 +29,7 @@ LIMITS: Final[dict[str, int]] = {
     "MAX_SLOTS": MAX_SLOTS,
 }
 ROOT: Final = ROOT_NODE
-EVENT: Final = <uint32_t>EVENT_SLOT
+EVENT: Final = EVENT_SLOT
 RECORD_BYTES: Final[dict[str, int]] = {
     "header": sizeof(header), "hello": sizeof(hello), "welcome": sizeof(welcome),
     "mount_request": sizeof(mount_request), "mount_reply": sizeof(mount_reply),

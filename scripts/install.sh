@@ -7,7 +7,7 @@ umask 022
 root=$(CDPATH='' cd -- "$(dirname -- "$(readlink -f -- "$0")")/.." && pwd)
 lib=$PREFIX/lib/qtfs
 units=$PREFIX/lib/systemd/system
-man=$PREFIX/share/man/man8
+man=$PREFIX/share/man
 
 # Where: what it calls. A new command is a new line.
 commands="$PREFIX/bin/qtfs-engine=qtfs_server.cli
@@ -17,7 +17,7 @@ remove() { # what an earlier version may have left must not stay importable
     rm -rf "$DESTDIR$lib"
     for entry in $commands; do rm -f "$DESTDIR${entry%=*}"; done
     for file in "$root"/config/systemd/*; do rm -f "$DESTDIR$units/${file##*/}"; done
-    for file in "$root"/doc/man/*.8; do rm -f "$DESTDIR$man/${file##*/}"; done
+    for file in "$root"/doc/man/*.[1-8]; do rm -f "$DESTDIR$man/man${file##*.}/${file##*/}"; done
 }
 
 if [ "$1" = uninstall ]; then
@@ -65,6 +65,6 @@ for file in "$root"/config/systemd/*; do
     sed "s|/usr/local/|$PREFIX/|g" "$file" >"$DESTDIR$units/${file##*/}"
     chmod 644 "$DESTDIR$units/${file##*/}"
 done
-for file in "$root"/doc/man/*.8; do
-    [ ! -e "$file" ] || install -D -m 644 "$file" "$DESTDIR$man/${file##*/}"
+for file in "$root"/doc/man/*.[1-8]; do
+    [ ! -e "$file" ] || install -D -m 644 "$file" "$DESTDIR$man/man${file##*.}/${file##*/}"
 done

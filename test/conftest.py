@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 from harness.engine_process import TRANSPORTS, EngineProcess, everything_below
 from harness.leaks import nothing_left
 from harness.session import Session
 from harness.waiting import wait_until
+
+# The same examples in every run; how long one takes is the machine's business, pytest-timeout ends what hangs.
+hypothesis.settings.register_profile("qtfs", deadline=None, derandomize=True, print_blob=False)
+hypothesis.settings.load_profile("qtfs")
 
 
 @pytest.fixture(scope="session", autouse=True)

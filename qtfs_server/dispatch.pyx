@@ -120,7 +120,7 @@ cdef int _take_slot(session *s, slot *at, const header *head, bint *repeated) no
     cdef int result = 0
     pthread_mutex_lock(&s.guard)
     repeated[0] = head.sequence == at.sequence
-    if not repeated[0] and head.sequence != at.sequence + 1:
+    if head.sequence == 0 or not repeated[0] and head.sequence != at.sequence + 1:
         result = MALFORMED
     elif at.busy:
         result = SLOT_BUSY

@@ -120,16 +120,39 @@ def _reload(path: Path) -> None:
     logs.notify("READY=1")
 
 
-def _obey_signals(server: Server, options: EngineOptions) -> None:
+@contextlib.contextmanager
+def _signals() -> Iterator[socket.socket]:
+    """A socket that says, a byte each, which of _SIGNALS came; they are blocked until then, and again afterwards.
+
+    Not sigtimedwait(): Python's returns garbage if its time is up when SIGCONT interrupts it.
+    """
+    receiver, sender = socket.socketpair()
+    with receiver, sender:
+        sender.setblocking(False)
+        signal.set_wakeup_fd(sender.fileno())
+        for number in _SIGNALS:
+            signal.signal(number, lambda _number, _frame: None)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        try:
+            yield receiver
+        finally:
+            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+            signal.set_wakeup_fd(-1)
+
+
+def _obey_signals(server: Server, options: EngineOptions, signals: socket.socket) -> None:
     """Until it is time to end: reload, expire sessions."""
+    signals.settimeout(_EXPIRY_PERIOD_S)
     while True:
-        received = signal.sigtimedwait(_SIGNALS, _EXPIRY_PERIOD_S)
-        if received is None:
+        try:
+            received = signals.recv(1)[0]
+        except TimeoutError:
             server.expire()
-        elif received.si_signo == signal.SIGHUP:
+            continue
+        if received == signal.SIGHUP:
             _reload(options.whitelist)
-        else:
-            log.info("%s: draining", signal.Signals(received.si_signo).name)
+        elif received in _SIGNALS:
+            log.info("%s: draining", signal.Signals(received).name)
             return
 
 
@@ -158,7 +181,8 @@ def run(options: EngineOptions, ready: Callable[[list[Address]], None]) -> int:
         threads = _start_threads(server, options.workers)
         ready([bound_address(sock) for sock in sockets])
         logs.notify("READY=1")
-        _obey_signals(server, options)
+        with _signals() as signals:
+            _obey_signals(server, options, signals)
         drained = _drain(server, threads)
     if not drained:
         log.error("a request is stuck in the backing file system; ending all the same")

@@ -334,11 +334,11 @@ cdef int _serve(Server server, worker *w, connection *c) noexcept nogil:
     while result == 0 and not server.stopping:
         result = _receive(w, c, &msg, served)
         if result <= 0:
-            return result
+            break
         served = True
         result = _serve_message(server, w, c, &msg)
-        if result == -EPROTO:
-            w.count.malformed += 1
+    if result == -EPROTO:
+        w.count.malformed += 1
     return EPOLLOUT if result == -EAGAIN else result
 
 

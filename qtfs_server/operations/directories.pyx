@@ -2,7 +2,7 @@
 
 Sources: getdents64(2), telldir(3), <linux/fuse.h> (struct fuse_dirent, struct fuse_direntplus).
 """
-from libc.errno cimport ENOTDIR, errno
+from libc.errno cimport EINVAL, ENOTDIR, errno
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset, strlen
 
@@ -104,6 +104,8 @@ cdef int _fill(request *r, handle *h, const readdir_request *body) noexcept nogi
     cdef size_t smallest = sizeof(direntry_plus) if body.plus else sizeof(direntry)
     cdef size_t block
     cdef long got
+    if body.size < smallest:
+        return -EINVAL              # an empty reply would mean the end
     if (body.offset == 0 or <uint64_t>h.position != body.offset) and lseek(h.fd, body.offset, SEEK_SET) < 0:
         return -errno
     h.position = body.offset
@@ -117,7 +119,7 @@ cdef int _fill(request *r, handle *h, const readdir_request *body) noexcept nogi
             return 0
         if not _put_block(r, h, body, got):
             h.position = -1         # the descriptor stands behind what was handed out
-            return 0
+            return 0 if r.reply_bytes > 0 else -EINVAL
     return 0
 
 

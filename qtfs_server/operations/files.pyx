@@ -23,6 +23,11 @@ from qtfs_server.handles cimport handle_end, handle_new, handle_pin, handle_unpi
 from qtfs_server.nodes cimport child_allowed, node_allowed, node_enter, node_enter_fd, node_pin, node_unpin
 from qtfs_server.session cimport HANDLE_WRITABLE, handle, node, session
 
+cdef extern from "<unistd.h>" nogil:
+    enum:
+        SEEK_DATA
+        SEEK_HOLE
+
 cdef enum:
     FOR_EXECUTION = 0x20            # __FMODE_EXEC of <linux/fs.h>: execve(2) opens what the caller may only execute
     # What a client may ask for. O_DIRECT would demand alignment of our buffers; the client's own pages are not here.
@@ -357,6 +362,8 @@ cdef int op_lseek(request *r) noexcept nogil:
     cdef int error
     if r.body_bytes != sizeof(lseek_request):
         return MALFORMED
+    if body.whence != SEEK_DATA and body.whence != SEEK_HOLE:
+        return -EINVAL              # the others would move a position that READDIR relies on
     error = handle_pin(r.s, body.handle, &h)
     if error < 0:
         return error

@@ -143,13 +143,9 @@ class Fuse3Driver:
         slot = mount.worker_count
         try:
             connection, sequence = self._attach(slot)
-        except (ConnectError, SessionLostError) as error:
+        except (ConnectError, HandshakeError) as error:
             log.info("no channel %d: %s", slot, error)
             mount.worker_failed()
-            return
-        except HandshakeError as error:
-            log.warning("%s: going on with %d channels", error, slot)
-            mount.limit_workers()
             return
         mount.add_worker(connection, self._epoch, sequence)
         self._start(mount.run_worker, slot)

@@ -193,13 +193,6 @@ cdef class Mount:
         self.m.starting = False
         pthread_mutex_unlock(&self.m.guard)
 
-    def limit_workers(self) -> None:
-        """Be content with the workers there are."""
-        pthread_mutex_lock(&self.m.guard)
-        self.m.worker_limit = self.m.worker_count
-        self.m.starting = False
-        pthread_mutex_unlock(&self.m.guard)
-
     def set_down(self, bint down) -> None:
         """Whether the server is out of reach: then whatever has no channel fails at once."""
         store_int(&self.m.down, down)

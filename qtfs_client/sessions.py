@@ -1,0 +1,264 @@
+"""The slots of one session for Python code: requests that take effect once, whatever becomes of their connections.
+
+A slot carries one request at a time and numbers them; the server answers a repeated number without executing it twice
+(doc/protocol.md). So when a connection breaks, its slot is attached to a fresh one, and the same request goes out again
+under the same number. If the server has forgotten the whole session, a new one is begun: then a request that may have
+been executed is repeated only if that does no harm, and node ids and handles of the old session are ESTALE.
+
+Threads: any number may call. A slot, with its connection, belongs to the thread that took it from the pool. `_renewing`
+is held while a new session is begun, I/O included; `_guard` never over I/O. Lock order: _renewing, _guard.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import queue
+import threading
+import time
+from dataclasses import dataclass
+
+from qtfs_client.connection import Engine, SessionLostError, Ticket, encode
+from qtfs_common.errors import QtfsError
+from qtfs_common.protocol import OPERATIONS, REPLY
+from qtfs_common.transport import Connection
+
+log = logging.getLogger(__name__)
+
+_FIRST_DELAY_S = 0.05
+_LONGEST_DELAY_S = 2.0
+#: Connections that may break in a row under one request before it is given up.
+_MAX_BREAKS = 8
+#: How soon a waiting thread notices that the session is being closed.
+_SLICE_S = 0.5
+_DETACH_TIMEOUT_S = 2.0
+_FOR_EVER_S = 1e6
+
+
+@dataclass(slots=True)
+class _Slot:
+    """One slot. `executed` is the last number that the server is known to have executed, in session `epoch`."""
+
+    index: int
+    connection: Connection | None = None
+    executed: int = 0
+    epoch: int = -1
+
+    def disconnect(self) -> None:
+        if self.connection is not None:
+            self.connection.close()
+            self.connection = None
+
+
+@dataclass(slots=True)
+class _Request:
+    """A request and what is known of it: its number in session `epoch` (0: none yet), whether it went out whole."""
+
+    op: int
+    body: bytes
+    repeatable: bool
+    number: int = 0
+    epoch: int = -1
+    sent: bool = False
+    breaks: int = 0
+
+
+def _io_error() -> OSError:
+    return OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+class Session:
+    """A mount's session, which outlives its connections.
+
+    `timeout_s` is how long the server may be out of reach, 0 for ever. Takes over `connection`, which is the session's
+    slot 0. Other slots are attached when they are first needed.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        connection: Connection,
+        ticket: Ticket,
+        *,
+        source: str,
+        read_only: bool = False,
+        timeout_s: float = 30.0,
+    ) -> None:
+        self._engine = engine
+        self._ticket = ticket
+        self._source = source
+        self._read_only = read_only
+        self._timeout_s = timeout_s or _FOR_EVER_S
+        self._epoch = 0
+        self._first: Connection | None = connection  # slot 0 of this epoch, until that slot takes it
+        self._down_since_s: float | None = None
+        self._guard = threading.Lock()
+        self._renewing = threading.Lock()
+        self._closing = threading.Event()
+        self._pool: queue.LifoQueue[_Slot] = queue.LifoQueue()
+        for index in reversed(range(ticket.slots)):
+            self._pool.put(_Slot(index))
+
+    def call(self, op: int, body: bytes, *, repeatable: bool) -> bytes:
+        """Have a request executed once; its reply's body. `repeatable`: executing it twice does no harm.
+
+        Raises OSError with the server's errno; EIO if the server stays out of reach, or if it cannot be known whether
+        the request was executed.
+        """
+        request = _Request(op, body, repeatable)
+        slot = self._pool.get()
+        try:
+            error, reply = self._carry_through(slot, request)
+        except BaseException:
+            slot.disconnect()  # a reply may still be on its way there
+            raise
+        finally:
+            self._pool.put(slot)
+        if error:
+            raise OSError(error, os.strerror(error))
+        return reply
+
+    def stop(self) -> None:
+        """Let every call end with EIO, those under way within half a second."""
+        self._closing.set()
+
+    def close(self) -> None:
+        """End the session on the server and close all connections. No call may be under way."""
+        self.stop()
+        connections = [self._first] if self._first is not None else []
+        with contextlib.suppress(queue.Empty):
+            while True:
+                slot = self._pool.get_nowait()
+                if slot.epoch != self._epoch:
+                    slot.disconnect()
+                elif slot.connection is not None:
+                    connections.append(slot.connection)
+        # Without a connection left, the server ends the session once its grace time is over.
+        any(_detach(connection) for connection in connections)
+        for connection in connections:
+            connection.close()
+
+    # --------------------------------------------------------------------------------------------------- requests
+
+    def _carry_through(self, slot: _Slot, request: _Request) -> tuple[int, bytes]:
+        """Send a request until it is answered: (errno, body)."""
+        while True:
+            if slot.connection is None:
+                self._connect(slot)
+            self._number(slot, request)
+            try:
+                return self._exchange(slot, request)
+            except TimeoutError:
+                # Slow, or gone without a word? Attaching again tells, and the request waits on under its number.
+                slot.disconnect()
+            except OSError as failure:
+                log.debug("slot %d: %s", slot.index, failure)
+                slot.disconnect()
+                request.breaks += 1
+                if request.breaks > _MAX_BREAKS:
+                    raise _io_error() from failure
+
+    def _number(self, slot: _Slot, request: _Request) -> None:
+        """Give a request its number, or see that it may go out again under the one it has; else EIO."""
+        if request.epoch == slot.epoch:
+            if slot.executed not in (request.number - 1, request.number):
+                raise _io_error()
+            return
+        if request.sent and not request.repeatable:
+            raise _io_error()
+        request.number, request.epoch, request.sent = slot.executed + 1, slot.epoch, False
+
+    def _exchange(self, slot: _Slot, request: _Request) -> tuple[int, bytes]:
+        """One attempt over a slot's connection. OSError: it broke; TimeoutError: the server is silent."""
+        assert slot.connection is not None
+        message = encode(request.op, request.body, slot=slot.index, sequence=request.number, tag=request.number)
+        slot.connection.send(message, self._timeout_s)
+        request.sent = True
+        op, flags, error, _slot, sequence, _tag, body = self._receive(slot.connection)
+        if op != request.op or not flags & REPLY or sequence != request.number:
+            raise OSError(errno.EPROTO, "the server answered something else")
+        slot.executed = request.number
+        return error, body
+
+    def _receive(self, connection: Connection) -> tuple[int, int, int, int, int, int, bytes]:
+        deadline = time.monotonic() + self._timeout_s
+        while True:
+            left_s = deadline - time.monotonic()
+            try:
+                reply: tuple[int, int, int, int, int, int, bytes] = connection.receive(max(0.0, min(left_s, _SLICE_S)))
+                return reply
+            except TimeoutError:
+                if left_s <= _SLICE_S or self._closing.is_set():
+                    raise
+
+    # ------------------------------------------------------------------------------------------------ connections
+
+    def _connect(self, slot: _Slot) -> None:
+        """Attach a slot, however many attempts it takes; EIO once the server was out of reach for `timeout_s`."""
+        delay_s = _FIRST_DELAY_S
+        while not self._closing.is_set():
+            try:
+                self._attach(slot)
+                return
+            except SessionLostError:
+                continue
+            except QtfsError as failure:
+                if self._is_hopeless(failure):
+                    break
+            self._closing.wait(delay_s)
+            delay_s = min(delay_s * 2, _LONGEST_DELAY_S)
+        raise _io_error()
+
+    def _attach(self, slot: _Slot) -> None:
+        """One attempt. QtfsError: it failed; SessionLostError: try again in the session that was begun meanwhile."""
+        with self._guard:
+            ticket, epoch = self._ticket, self._epoch
+            first, executed = (self._first if slot.index == 0 else None), 0
+            if first is not None:
+                self._first = None
+        if first is None:
+            try:
+                first, executed = self._engine.attach(ticket, slot.index)
+            except SessionLostError:
+                self._renew(epoch)
+                raise
+        slot.connection, slot.executed, slot.epoch = first, executed, epoch
+        if self._down_since_s is not None:
+            self._down_since_s = None
+            log.warning("the server is back")
+
+    def _renew(self, lost_epoch: int) -> None:
+        """Begin a new session in place of the lost one, unless another thread just did."""
+        with self._renewing:
+            if self._epoch != lost_epoch:
+                return
+            connection, ticket = self._engine.mount(
+                self._source, read_only=self._read_only, slots=self._ticket.slots
+            )
+            with self._guard:
+                stale = self._first
+                self._ticket, self._epoch, self._first = ticket, lost_epoch + 1, connection
+            log.warning("%s has forgotten this mount: it was begun anew", self._engine.address)
+        if stale is not None:
+            stale.close()
+
+    def _is_hopeless(self, failure: QtfsError) -> bool:
+        """Note that the server is out of reach, and whether it has been for too long."""
+        now_s = time.monotonic()
+        with self._guard:
+            if self._down_since_s is None:
+                self._down_since_s = now_s
+                log.warning("the server is out of reach: %s", failure)
+            return now_s - self._down_since_s >= self._timeout_s
+
+
+def _detach(connection: Connection) -> bool:
+    """Tell the server that the session is over; False if this connection does not reach it."""
+    try:
+        connection.send(encode(OPERATIONS["DETACH"]), _DETACH_TIMEOUT_S)
+        connection.receive(_DETACH_TIMEOUT_S)
+    except OSError:
+        return False
+    return True

@@ -199,6 +199,9 @@ cdef int op_readlink(request *r) noexcept nogil:
     error = node_pin(r.s, r.who.node, &n)
     if error < 0:
         return error
+    if n.type != S_IFLNK:           # readlinkat(2) without a name would say ENOENT
+        node_unpin(r.s, n)
+        return -EINVAL
     as_caller(r)
     length = readlinkat(n.fd, b"", <char *>r.reply, MAX_PATH)
     error = -errno if length < 0 else 0

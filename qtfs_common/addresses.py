@@ -341,11 +341,10 @@ def tune_socket(sock: socket.socket) -> None:
         _enlarge(sock, _SO_SNDBUFFORCE, socket.SO_SNDBUF)
         _enlarge(sock, _SO_RCVBUFFORCE, socket.SO_RCVBUF)
     elif sock.family == socket.AF_VSOCK:
-        size = struct.pack("=Q", SOCKET_BUFFER_BYTES)
         with contextlib.suppress(OSError):
-            # The limit (256 KiB by default) must be lifted first, vm_sockets.h.
-            sock.setsockopt(socket.AF_VSOCK, socket.SO_VM_SOCKETS_BUFFER_MAX_SIZE, size)
-            sock.setsockopt(socket.AF_VSOCK, socket.SO_VM_SOCKETS_BUFFER_SIZE, size)
+            # The limit (256 KiB by default) must be lifted first, vm_sockets.h. Python makes 64 bits of the numbers.
+            sock.setsockopt(socket.AF_VSOCK, socket.SO_VM_SOCKETS_BUFFER_MAX_SIZE, SOCKET_BUFFER_BYTES)
+            sock.setsockopt(socket.AF_VSOCK, socket.SO_VM_SOCKETS_BUFFER_SIZE, SOCKET_BUFFER_BYTES)
 
 
 def _enlarge(sock: socket.socket, forced: int, ordinary: int) -> None:

@@ -437,9 +437,9 @@ cdef void _fill_entry(session *s, uint32_t index, const statx_t *st, entry *out)
     fill_attributes(n.device, st, &out.attr)
 
 
-cdef void _merge_place(node *n, place where) noexcept nogil:
+cdef void _merge_place(node *n, const statx_t *st, place where) noexcept nogil:
     """A node with several paths is allowed what any of them is: who knows one can use it there."""
-    if n.where.epoch == where.epoch and n.type != S_IFDIR:
+    if n.where.epoch == where.epoch and n.type != S_IFDIR and st.stx_nlink > 1:
         where.allowed |= n.where.allowed
     n.where = where
 
@@ -450,7 +450,7 @@ cdef void _count_locked(session *s, uint32_t index, const statx_t *st, place whe
     n.lookups += 1
     n.flags |= NODE_RECENT
     n.seen = signature(st)
-    _merge_place(n, where)
+    _merge_place(n, st, where)
     _fill_entry(s, index, st, out)
 
 

@@ -12,6 +12,7 @@ from libc.stdint cimport uint64_t
 from posix.stat cimport struct_stat
 
 import os
+import threading
 
 cdef extern from *:
     """
@@ -38,6 +39,12 @@ cdef extern from "<signal.h>" nogil:
         int sa_flags
     int sigaction(int, const sigaction_t *, sigaction_t *)
     void (*SIG_DFL)(int) noexcept nogil
+
+cdef extern from "<sys/syscall.h>" nogil:
+    long SYS_tgkill
+
+cdef extern from "<unistd.h>" nogil:
+    long syscall(long, ...)
 
 ctypedef struct fuse_entry_param:
     unsigned long node
@@ -175,6 +182,14 @@ def unmounted() -> None:
     """llfuse.close is about to free libfuse's objects."""
     global _session, _channel
     _session = _channel = NULL
+
+
+def wake_threads() -> None:
+    """Interrupt what the other threads sleep in: whatever they then do is up to them."""
+    own = threading.get_native_id()
+    for name in os.listdir("/proc/self/task"):
+        if int(name) not in (own, os.getpid()):
+            syscall(SYS_tgkill, <int>os.getpid(), <int>int(name), <int>SIGUSR1)
 
 
 cdef void _do_nothing(int number) noexcept nogil:

@@ -134,7 +134,7 @@ def install(whitelist: "Whitelist") -> None:
     cdef size_t room = 1 + sum(path.count(b"/") + 1 for paths in whitelist.paths.values() for path in paths)
     cdef rules *r = <rules *>calloc(1, sizeof(rules))
     if room >= OFF_TRIE:
-        raise ConfigError(f"whitelist: too long, its paths have {room} components (at most {OFF_TRIE - 1})")
+        raise ConfigError(whitelist.source, f"too long: its paths have {room} components (at most {OFF_TRIE - 1})")
     if r != NULL:
         r.vertices = <vertex *>calloc(room, sizeof(vertex))
     if r == NULL or r.vertices == NULL:

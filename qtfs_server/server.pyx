@@ -695,7 +695,8 @@ def _open_source(path: bytes) -> int:
     try:
         fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
-        _check_mount(os.path.normpath(path))
+        # Through the symbolic links, as the open went: what lies behind one is not for everybody to find out.
+        _check_mount(os.path.realpath(path))
         raise Refused(error.errno) from None
     try:
         _check_mount(os.fsencode(os.readlink(f"/proc/self/fd/{fd}")))
@@ -708,5 +709,6 @@ def _open_source(path: bytes) -> int:
 def _check_mount(path: bytes) -> None:
     if not path_place(<const char *>path).allowed & ALLOW_MOUNT:
         count_denial(ALLOW_MOUNT)
-        log.warning("whitelist: %s may not be mounted: it is not in [Mount]", os.fsdecode(path))
+        # count_denial warns once; a client that tries again and again must not fill the log.
+        log.info("whitelist: %s may not be mounted: it is not in [Mount]", os.fsdecode(path))
         raise Refused(EPERM)

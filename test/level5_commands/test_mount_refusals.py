@@ -1,4 +1,4 @@
-"""Every way in which mount.qtfs can fail: mount(8)'s exit status, one line that names the cause, nothing left behind."""
+"""How mount.qtfs fails: the exit status of mount(8), one line that names the cause, nothing left behind."""
 
 from __future__ import annotations
 
@@ -134,6 +134,13 @@ def test_the_whitelist_says_nothing_about_what_exists(point: Path, server: str) 
     there = mount("/etc", point, server)
     absent = mount("/etc-that-does-not-exist", point, server)
     assert there.stderr == absent.stderr.replace("-that-does-not-exist", "")
+
+
+@pytest.mark.parametrize("inside", ["", "passwd", "does-not-exist", "passwd/below"])
+def test_nor_through_a_symbolic_link(point: Path, server: str, served: EngineProcess, inside: str) -> None:
+    with contextlib.suppress(FileExistsError):
+        (served.share / "link").symlink_to("/etc")
+    mount(served.share / "link" / inside, point, server).refused(FAILURE, "whitelist")
 
 
 def test_no_such_directory_on_the_server(point: Path, server: str, served: EngineProcess) -> None:

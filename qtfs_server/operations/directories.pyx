@@ -76,8 +76,9 @@ cdef size_t _put(request *r, handle *h, bint plus, const linux_dirent64 *d, size
         return 0
     memset(at, 0, fixed)
     memset(at + size - 8, 0, 8)
-    # Without a descriptor to spare, or without search permission, an entry is its name only: the client looks it up.
-    if plus and not _is_dot(name) and not descriptors_short():
+    # Without a descriptor to spare, without search permission, or in a repetition (whose first run has counted already)
+    # an entry is its name only: the client looks it up.
+    if plus and not r.repeated and not _is_dot(name) and not descriptors_short():
         if node_enter(r.s, h.node, name, name_bytes, <entry *>at) < 0:
             memset(at, 0, sizeof(entry))
     _put_name(at + fixed - sizeof(direntry), d, name, name_bytes, <uint64_t>h.node.device << 48)
@@ -90,7 +91,7 @@ cdef bint _put_block(request *r, handle *h, const readdir_request *body, size_t 
     cdef linux_dirent64 *d
     while at < length:
         d = <linux_dirent64 *>(r.scratch + at)
-        size = _put(r, h, body.plus != 0 and not r.repeated, d, body.size - r.reply_bytes)
+        size = _put(r, h, body.plus != 0, d, body.size - r.reply_bytes)
         if size == 0:
             return False
         r.reply_bytes += size

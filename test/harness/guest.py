@@ -60,16 +60,24 @@ mount -t devtmpfs dev /dev
 mkdir -p /dev/shm /dev/pts
 mount -t tmpfs tmpfs /dev/shm
 mount -t devpts devpts /dev/pts
+# The guest's own /run and /tmp may hide a checkout that is in there.
+show_checkout() {
+    [ ! -d "@CHECKOUT@" ] || return 0
+    mkdir -p "@CHECKOUT@"
+    mount -t 9p -o ro,cache=loose,trans=virtio,version=9p2000.L,msize=512000 checkout "@CHECKOUT@"
+}
+show_checkout
 mkdir -p /lib/modules/@RELEASE@
-mount --bind @MODULES@ /lib/modules/@RELEASE@
+mount --bind "@MODULES@" /lib/modules/@RELEASE@
 modprobe -a virtio_blk ext4 fuse
 chmod 666 /dev/fuse
 mount -t ext4 -o user_xattr,acl /dev/vda /tmp
 chmod 1777 /tmp
+show_checkout
 ip link set lo up
 hostname guest
 set +e
-cd @CHECKOUT@
+cd "@CHECKOUT@"
 /bin/sh @INSIDE@/script >@INSIDE@/output 2>&1 </dev/null
 echo $? >@INSIDE@/status.new
 mv @INSIDE@/status.new @INSIDE@/status
@@ -153,8 +161,9 @@ def run_in_guest(
         *("-accel", "tcg,thread=multi", "-cpu", "max", "-smp", str(cores), "-m", f"{memory_mib}M", "-no-reboot"),
         *("-kernel", str(kernel.image), "-initrd", str(initrd), "-serial", f"file:{console}"),
         *("-append", "console=ttyS0 panic=-1 oops=panic loglevel=5 random.trust_cpu=on mitigations=off"),
-        *("-virtfs", "local,path=/,mount_tag=host,security_model=none,readonly=on,multidevs=remap"),
-        *("-virtfs", f"local,path={job},mount_tag=job,security_model=none,multidevs=remap"),
+        *("-virtfs", _shared(Path("/"), "host") + ",readonly=on"),
+        *("-virtfs", _shared(CHECKOUT, "checkout") + ",readonly=on"),
+        *("-virtfs", _shared(job, "job")),
         *("-drive", f"file={disk},if=virtio,format=raw,cache=unsafe"),
         *qemu_arguments,
     ]
@@ -167,6 +176,12 @@ def run_in_guest(
 
 def _path() -> str:
     return os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
+
+
+def _shared(path: Path, tag: str) -> str:
+    """-virtfs: a directory of this machine, under a name for the guest's mount."""
+    text = str(path).replace(",", ",,")
+    return f"local,path={text},mount_tag={tag},security_model=none,multidevs=remap"
 
 
 def _filled(text: str, kernel: Kernel) -> str:

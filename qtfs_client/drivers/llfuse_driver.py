@@ -308,6 +308,8 @@ class _Operations(llfuse.Operations):
             "mtime_ns": attr.st_mtime_ns if fields.update_mtime else None,
         }
         caller = _caller(ctx)
+        if self._drops_privileges(node, wanted["mode"], caller):
+            self._fs.setattr(node, mode=wanted.pop("mode"))
         try:
             result = self._fs.setattr(node, **wanted, handle=handle, caller=caller)
         except PermissionError:
@@ -316,6 +318,16 @@ class _Operations(llfuse.Operations):
                 raise
             result = self._fs.setattr(node, **now, handle=handle, caller=caller)
         return self._status(node, *result)
+
+    def _drops_privileges(self, node: int, mode: int | None, caller: Caller) -> bool:
+        """Whether the kernel clears suid and sgid because a user writes to another's file: no chmod(2) of that user's.
+
+        The kernel has seen to real ones, unless cache=none; then it does not send this either.
+        """
+        if mode is None or caller.uid == 0 or self._cache == "none":
+            return False
+        attr, _ = self._fs.getattr(node)
+        return attr.uid != caller.uid and 0 < (attr.mode ^ mode) & 0o7777 == attr.mode & ~mode & 0o6000
 
     @staticmethod
     def _as_now(wanted: dict[str, Any]) -> dict[str, Any] | None:
@@ -359,7 +371,9 @@ class _Operations(llfuse.Operations):
 
     @_handler
     def removexattr(self, node: int, name: bytes, ctx: Any) -> None:
-        self._fs.removexattr(node, name, _caller(ctx))
+        # The kernel drops capabilities from what is written to, and demands CAP_SETFCAP of who asks for that.
+        caller = Caller() if name == b"security.capability" else _caller(ctx)
+        self._fs.removexattr(node, name, caller)
 
     def stacktrace(self) -> None:
         """llfuse's debugging aid, which any user could set off."""

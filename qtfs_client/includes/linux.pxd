@@ -13,18 +13,24 @@ cdef extern from *:
 
 cdef extern from "<fcntl.h>" nogil:
     enum:
+        O_ACCMODE
         O_APPEND
         O_CLOEXEC
         O_DIRECT
         O_DIRECTORY
         O_NOFOLLOW
         O_NONBLOCK
+        O_PATH
         O_RDONLY
         O_RDWR
         O_TRUNC
+        O_WRONLY
     int open(const char *, int, ...)
 
 cdef extern from "<unistd.h>" nogil:
+    enum:
+        R_OK
+        W_OK
     int close(int)
     ssize_t read(int, void *, size_t)
     ssize_t write(int, const void *, size_t)

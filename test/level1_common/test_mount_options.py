@@ -14,7 +14,7 @@ from qtfs_client.options import MountExit, MountOptions, OptionError, parse_comm
 from qtfs_common.addresses import TcpAddress, UnixAddress, VsockAddress
 from qtfs_common.errors import AddressError, ConfigError, QtfsError
 
-ROOT_FLAGS = ("suid", "dev")
+ROOT_FLAGS = ("suid", "nodev")
 
 
 @pytest.fixture
@@ -129,11 +129,12 @@ def test_options_for_others_change_nothing(parse: Any, option: str) -> None:
 @pytest.mark.parametrize(
     ("options", "flags"),
     [
-        ("nosuid", ("nosuid", "dev")),
-        ("nodev", ("suid", "nodev")),
-        ("noexec", ("suid", "dev", "noexec")),
+        ("nosuid", ("nosuid", "nodev")),
+        ("dev", ("suid", "dev")),
+        ("dev,nodev", ("suid", "nodev")),
+        ("noexec", ("suid", "nodev", "noexec")),
         ("nosuid,suid,noexec,exec", ROOT_FLAGS),
-        ("noatime,nodiratime,sync,dirsync", ("suid", "dev", "noatime", "nodiratime", "sync", "dirsync")),
+        ("noatime,nodiratime,sync,dirsync", ("suid", "nodev", "noatime", "nodiratime", "sync", "dirsync")),
         ("noatime,atime,nodiratime,diratime,sync,async", ROOT_FLAGS),
         ("noatime,strictatime", ROOT_FLAGS),
         ("user", ("nosuid", "nodev", "noexec")),
@@ -144,8 +145,8 @@ def test_options_for_others_change_nothing(parse: Any, option: str) -> None:
         ("owner", ("nosuid", "nodev")),
         ("group,suid", ("suid", "nodev")),
         ("user,defaults", ("nosuid", "nodev", "noexec")),
-        ('context="u:r:t:s0:c1,c2",nosuid', ("nosuid", "dev", 'context="u:r:t:s0:c1,c2"')),
-        ("rootcontext=u:r:t:s0", ("suid", "dev", "rootcontext=u:r:t:s0")),
+        ('context="u:r:t:s0:c1,c2",nosuid', ("nosuid", "nodev", 'context="u:r:t:s0:c1,c2"')),
+        ("rootcontext=u:r:t:s0", ("suid", "nodev", "rootcontext=u:r:t:s0")),
     ],
 )
 def test_kernel_flags(parse: Any, options: str, flags: tuple[str, ...]) -> None:

@@ -6,7 +6,23 @@ The caller sleeps in the very request that is being translated, so what is read 
 from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport strlen
 
-from qtfs_client.includes.linux cimport O_CLOEXEC, O_RDONLY, close, open, read, snprintf, strstr, strtoul, strtoull
+from qtfs_client.includes.linux cimport O_ACCMODE, O_CLOEXEC, O_PATH, O_RDONLY, O_RDWR, O_WRONLY, R_OK, W_OK, close, \
+    iovec, open, read, snprintf, strstr, strtoul, strtoull
+
+cdef extern from *:
+    """
+    #include <sys/syscall.h>
+    #ifndef SYS_open                    /* newer architectures have openat alone */
+    #define SYS_open SYS_openat
+    #endif
+    """
+    enum:
+        SYS_open
+        SYS_openat
+        SYS_openat2
+
+cdef extern from "<sys/uio.h>" nogil:
+    ssize_t process_vm_readv(int, const iovec *, unsigned long, const iovec *, unsigned long, unsigned long)
 
 cdef enum:
     STATUS_BYTES = 16384            # 1024 groups of ten digits and all the rest
@@ -53,6 +69,52 @@ cdef int caller_groups(uint32_t pid, uint32_t *groups, int room) noexcept nogil:
         at = end
         count += 1
     return count
+
+
+cdef int caller_opens(uint32_t pid) noexcept nogil:
+    """What the system call that a thread sleeps in wants of the file that it opens: R_OK | W_OK; 0: it opens nothing.
+
+    /proc/PID/syscall: the call's number and six arguments, proc(5). Calls of 32-bit programs have other numbers.
+    """
+    cdef char path[32]
+    cdef char text[256]
+    cdef char *at = text
+    cdef unsigned long call[4]
+    cdef ssize_t got
+    cdef int fd, i
+    snprintf(path, sizeof(path), "/proc/%u/syscall", pid)
+    fd = open(path, O_RDONLY | O_CLOEXEC)
+    if fd < 0:
+        return 0
+    got = read(fd, text, sizeof(text) - 1)
+    close(fd)
+    text[max(got, 0)] = 0
+    for i in range(4):
+        call[i] = strtoul(at, &at, 0)
+    if got <= 0 or text[0] < b'0' or text[0] > b'9':
+        return 0                        # "running"
+    if call[0] == <unsigned long>SYS_openat:
+        return _access_of(call[3])
+    if call[0] == <unsigned long>SYS_openat2:
+        return _access_of(_how_flags(pid, call[3]))
+    return _access_of(call[2]) if call[0] == <unsigned long>SYS_open else 0
+
+
+cdef int _access_of(unsigned long flags) noexcept nogil:
+    cdef unsigned long mode = flags & O_ACCMODE
+    if flags & O_PATH:
+        return 0
+    return R_OK if mode == O_RDONLY else W_OK if mode == O_WRONLY else R_OK | W_OK
+
+
+cdef unsigned long _how_flags(uint32_t pid, unsigned long address) noexcept nogil:
+    """The flags of openat2(2), the first word of its struct open_how in the caller's memory; O_RDWR if unreadable."""
+    cdef uint64_t flags = 0
+    cdef iovec here, there
+    here.iov_base = &flags
+    there.iov_base = <void *>address
+    here.iov_len = there.iov_len = sizeof(flags)
+    return flags if process_vm_readv(pid, &here, 1, &there, 1, 0) == sizeof(flags) else <unsigned long>O_RDWR
 
 
 cdef uint64_t _mask(const char *text, const char *key) noexcept nogil:

@@ -6,18 +6,27 @@ from libc.errno cimport EACCES, EAGAIN, EINVAL, EIO, ENOENT, ENOSYS, ENOTTY, EOP
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 
+from qtfs_client.drivers.fuse3.callers cimport caller_opens
 from qtfs_client.drivers.fuse3.device cimport reply, reply_error
 from qtfs_client.drivers.fuse3.events cimport wait_for_lock
 from qtfs_client.drivers.fuse3.exchange cimport ask, ask_for_ourselves
 from qtfs_client.drivers.fuse3.interrupts cimport interrupt
 from qtfs_client.drivers.fuse3.replies cimport note_undo, queue_forget, reply_handler
-from qtfs_client.drivers.fuse3.requests cimport build_forgets, build_undo_release, request_builder
-from qtfs_client.drivers.fuse3.state cimport BY_HANDLE, ENOSYS_MEANT, MAKES_ENTRIES, MAKES_ENTRY, MAKES_HANDLE, \
+from qtfs_client.drivers.fuse3.requests cimport build_forgets, build_special_access, build_undo_release, \
+    request_builder
+from qtfs_client.drivers.fuse3.state cimport BY_HANDLE, CACHE_NONE, ENOSYS_MEANT, MAKES_ENTRIES, MAKES_ENTRY, MAKES_HANDLE, \
     REPEATABLE, mount_state, operation_row, server, worker
 from qtfs_client.includes.fuse_abi cimport *
 from qtfs_client.includes.linux cimport add_int, load_int, store_int
-from qtfs_common.protocol cimport attributes_reply, count_reply, lock_reply, lseek_reply, statfs_reply, statx_reply
+from qtfs_common.protocol cimport attributes_reply, count_reply, entry, lock_reply, lseek_reply, statfs_reply, statx_reply
 from qtfs_common.transport cimport message
+
+cdef extern from "<sys/stat.h>" nogil:
+    enum:
+        S_IFMT
+        S_IFBLK
+        S_IFCHR
+        S_IFIFO
 
 cdef extern from "<unistd.h>" nogil:
     int usleep(unsigned int)
@@ -77,8 +86,37 @@ cdef void _serve_lookup(worker *w) noexcept nogil:
         memset(absent, 0, sizeof(absent))
         absent[0].entry_valid = w.mount.absent_valid_s
         _reply_absent(w, &absent[0])
-        return
-    _conclude(w, status, &given)
+    elif status == 1 and w.mount.cache == CACHE_NONE and w.request.uid != 0 and _is_special(&given):
+        _lookup_special(w, &given)
+    else:
+        _conclude(w, status, &given)
+
+
+cdef bint _is_special(const message *given) noexcept nogil:
+    """Whether a LOOKUP found a FIFO or a device."""
+    return given.head.error == 0 and given.body_bytes == sizeof(entry) and \
+        (<entry *>given.body).attr.mode & S_IFMT in (S_IFIFO, S_IFCHR, S_IFBLK)
+
+
+cdef void _lookup_special(worker *w, message *given) noexcept nogil:
+    """LOOKUP of a FIFO or device: the kernel opens those itself, and without default_permissions it asks nobody whether
+    the caller may. So the server is asked now, if the lookup is part of an open.
+    """
+    cdef entry found = (<entry *>given.body)[0]
+    cdef int status
+    w.asked_node = found.node
+    w.asked_mask = caller_opens(w.request.pid)
+    if w.asked_mask != 0 and not w.answered:
+        status = ask(w, build_special_access, True, given)
+        if status < 0 or given.head.error != 0:
+            queue_forget(w.mount, found.node, 1)
+            if not w.answered:
+                reply_error(w, -status if status < 0 else _kernel_error(w, given.head.error))
+            return
+    given.head.error = 0
+    given.body = <uint8_t *>&found
+    given.body_bytes = sizeof(entry)
+    _conclude(w, 1, given)
 
 
 cdef void _reply_absent(worker *w, const fuse_entry_validity *absent) noexcept nogil:

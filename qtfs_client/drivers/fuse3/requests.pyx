@@ -291,6 +291,17 @@ cdef int _build_access(worker *w) noexcept nogil:
     return 0
 
 
+cdef int build_special_access(worker *w) noexcept nogil:
+    """ACCESS to the node that a LOOKUP has just found."""
+    cdef access_request *made = <access_request *>begin(w, OP_ACCESS, sizeof(access_request), True, 0)
+    if made == NULL:
+        return -EIO
+    (<caller *>(w.room + sizeof(header))).node = w.asked_node
+    made.mask = w.asked_mask
+    made.reserved = 0
+    return 0
+
+
 cdef int _build_statfs(worker *w) noexcept nogil:
     return _no_body(w, OP_STATFS)
 

@@ -99,8 +99,9 @@ cdef struct worker:
     bint own                        # no caller waits for it
     int attempts
     int64_t asked_us
-    uint64_t undo_node              # what build_undo_release sends
-    uint64_t undo_handle
+    uint64_t asked_node             # what build_special_access asks about
+    uint32_t asked_mask
+    uint64_t undo_handle            # what build_undo_release sends
     bint undo_directory
     int32_t breaks_seen             # mount_state.breaks when the channel was last found whole
     # spinning

@@ -47,6 +47,10 @@ VSOCK_LOCAL_CID = 1
 _SO_SNDBUFFORCE = 32
 _SO_RCVBUFFORCE = 33
 _UNIX_PATH_MAX = 107  # sun_path less its NUL, unix(7)
+# tcp(7): a peer is given up after 20 s of silence and six probes, one in 10 s.
+_KEEPALIVE_IDLE_S = 20
+_KEEPALIVE_INTERVAL_S = 10
+_KEEPALIVE_PROBES = 6
 _DIRECTORY_LOCK_SECONDS = 5.0
 _LABEL = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)")
 _LOOKS_NUMERIC = re.compile(r"(0[xX][0-9A-Fa-f]*|[0-9]+)")
@@ -334,9 +338,16 @@ def bound_address(sock: socket.socket) -> Address:
 
 
 def tune_socket(sock: socket.socket) -> None:
-    """Options of every data socket: no delay on TCP, 4 MiB buffers on Unix and vsock (best effort)."""
+    """Options of every data socket: no delay on TCP, 4 MiB buffers on Unix and vsock (best effort).
+
+    TCP asks a silent peer whether it lives: a machine that lost its power or its network never says so itself.
+    """
     if sock.family in (socket.AF_INET, socket.AF_INET6):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE_IDLE_S)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _KEEPALIVE_INTERVAL_S)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _KEEPALIVE_PROBES)
     elif sock.family == socket.AF_UNIX:
         _enlarge(sock, _SO_SNDBUFFORCE, socket.SO_SNDBUF)
         _enlarge(sock, _SO_RCVBUFFORCE, socket.SO_RCVBUF)

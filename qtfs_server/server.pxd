@@ -29,6 +29,7 @@ cdef struct connection:
     session *s                      # a counted reference
     uint32_t slot
     int64_t since_us
+    int64_t partial_since_us        # when a worker first saw the message that is not whole yet; 0: none
     pthread_mutex_t send_guard      # event channel: replies come from several threads. Taken below session.guard
     connection *next
     connection *previous
@@ -64,4 +65,4 @@ cdef class Server:
     cdef bytes _mount(self, connection *c, bytes body)
     cdef bytes _attach(self, connection *c, bytes body)
     cdef int _bind(self, connection *c, session *s, uint32_t slot) except -1
-    cdef int _end_session(self, session *s) except -1
+    cdef int _end_session(self, session *s, connection *asking) except -1

@@ -93,7 +93,7 @@ cdef enum:
     BUFFER_BYTES = MAX_MESSAGE + 8192
     SPIN_US = 200                   # how long to look for the next request; below 100 it costs more than it gains
     SPIN_CREDIT = 16                # fruitless spins until a worker stops spinning for a while
-    PARTIAL_WAIT_US = 10000         # how long a worker waits for the rest of a message that is on its way
+    PARTIAL_WAIT_US = 10000         # how long workers wait for the rest of a message that is on its way
     EVENT_SEND_TIMEOUT_MS = 5000    # an event channel whose peer does not read is cut
     EXECUTING_POLL_US = 1000
     UNATTACHED_TIMEOUT_US = 60000000
@@ -303,12 +303,27 @@ cdef int _spin(worker *w, connection *c, message *msg) noexcept nogil:
     return found
 
 
+cdef int _await_rest(connection *c, message *msg) noexcept nogil:
+    """Wait for the rest of a message, but not for each piece anew: a peer that dribbles must not hold a worker."""
+    cdef int64_t now = now_us()
+    cdef int found = 0
+    if c.partial_since_us == 0:
+        c.partial_since_us = now
+    while found == 0 and now < c.partial_since_us + PARTIAL_WAIT_US and \
+            c.ch.ops.wait(&c.ch, WAIT_READABLE, -1, c.partial_since_us + PARTIAL_WAIT_US - now):
+        found = c.ch.ops.receive(&c.ch, msg)
+        now = now_us()
+    return found
+
+
 cdef int _receive(worker *w, connection *c, message *msg, bint served) noexcept nogil:
     """The next message: 1; 0: none now; or -errno."""
     cdef int found = c.ch.ops.receive(&c.ch, msg)
-    while found == 0 and c.ch.end > c.ch.begin and c.ch.ops.wait(&c.ch, WAIT_READABLE, -1, PARTIAL_WAIT_US):
-        found = c.ch.ops.receive(&c.ch, msg)
-    if found == 0 and served and c.ch.end == c.ch.begin:
+    if found == 0 and c.ch.end > c.ch.begin:
+        found = _await_rest(c, msg)
+    if found != 0:
+        c.partial_since_us = 0
+    elif served and c.ch.end == c.ch.begin:
         found = _spin(w, c, msg)
     return found
 
@@ -344,7 +359,8 @@ cdef int _serve(Server server, worker *w, connection *c) noexcept nogil:
 
 cdef void _arm(Server server, connection *c, uint32_t events, int how) noexcept nogil:
     cdef epoll_event event
-    event.events = events | EPOLLRDHUP | EPOLLONESHOT
+    # Who waits for room must not wake for a peer that has shut its side: that would never end.
+    event.events = events | EPOLLONESHOT | (EPOLLRDHUP if events & EPOLLIN else 0)
     event.data.ptr = c
     epoll_ctl(server.epoll_fd, how, c.ch.fd, &event)
 
@@ -511,7 +527,7 @@ cdef class Server:
             elif msg.head.op == OP_ATTACH and c.state == STATE_TRUSTED:
                 reply = self._attach(c, body)
             elif msg.head.op == OP_DETACH and c.s != NULL and not body:
-                self._end_session(c.s)
+                self._end_session(c.s, c)
             elif msg.head.op != OP_PING or body or c.state == STATE_NEW:
                 log.warning("a peer sent %s where it must not; its connection is closed",
                             OPERATION_NAMES.get(msg.head.op, f"operation {msg.head.op}"))
@@ -609,8 +625,8 @@ cdef class Server:
         pthread_mutex_unlock(&s.guard)
         return 0
 
-    cdef int _end_session(self, session *s) except -1:
-        """Forget a session and cut its connections; the last of them frees it."""
+    cdef int _end_session(self, session *s, connection *asking) except -1:
+        """Forget a session and cut its connections, `asking` once it has its reply; the last of them frees it."""
         cdef connection *c
         cdef uint32_t slot
         if self.sessions.pop(s.id, None) is None:
@@ -620,7 +636,7 @@ cdef class Server:
         for slot in range(s.slots + 1):
             c = <connection *>(s.event if slot == s.slots else s.slot_table[slot].connection)
             if c != NULL:
-                shutdown(c.ch.fd, SHUT_RD)      # the reply to DETACH still goes out
+                shutdown(c.ch.fd, SHUT_RD if c == asking else SHUT_RDWR)
         pthread_mutex_unlock(&s.guard)
         with nogil:
             abandon_waits(s)
@@ -638,7 +654,7 @@ cdef class Server:
             s = <session *><size_t>self.sessions[id]
             if s.connections == 0 and now - s.idle_since_us > <int64_t>(self.grace_s * 1e6):
                 log.warning("session %016x: its client is gone for %g s", id, self.grace_s)
-                self._end_session(s)
+                self._end_session(s, NULL)
         pthread_mutex_lock(&_connections_guard)
         c = _connections
         while c != NULL:

@@ -64,10 +64,10 @@ class EngineProcess:
         rules: Rules | None = None,
         arguments: Sequence[str] = (),
         workers: int = 4,
-        descriptors: int | None = None,
+        limits: Sequence[str] = (),
         plain: bool = False,
     ) -> None:
-        """`plain`: the very command, without the socket that tells its figures; `descriptors`: its RLIMIT_NOFILE."""
+        """`plain`: the very command, without the socket that tells its figures; `limits`: options of prlimit(1)."""
         self.area = area
         self.share = area / "share"
         self.share.mkdir(parents=True, exist_ok=True)
@@ -80,7 +80,7 @@ class EngineProcess:
         self.process: subprocess.Popen[bytes] | None = None
         self._address: Address | None = None
         self._plain = plain
-        self._descriptors = descriptors
+        self._limits = limits
         self._allowed: list[re.Pattern[str]] = []
         self.allow(everything_below(self.share) if rules is None else rules)
 
@@ -116,7 +116,7 @@ class EngineProcess:
 
     def command(self) -> list[str]:
         program = ["-m", "qtfs_server.cli"] if self._plain else [str(OBSERVED), str(self._figures_path)]
-        limit = ["prlimit", f"--nofile={self._descriptors}"] if self._descriptors else []
+        limit = ["prlimit", *self._limits] if self._limits else []
         listen = str(self._address) if self._address else self.listen
         options = ["--listen", listen, "--whitelist", str(self.whitelist), "--run-dir", str(self.run_dir)]
         return [*limit, sys.executable, *program, *options, "--workers", str(self.workers), *self.arguments]

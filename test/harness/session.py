@@ -365,6 +365,14 @@ def attach_stream(address: Address, ticket: Ticket, slot: int) -> socket.socket:
     return sock
 
 
+def receive_exactly(sock: socket.socket, size: int) -> bytes:
+    """So many bytes; fewer only if the peer has closed. (MSG_WAITALL does not wait on a socket with a timeout.)"""
+    data = bytearray()
+    while len(data) < size and (piece := sock.recv(size - len(data))):
+        data += piece
+    return bytes(data)
+
+
 def is_closed_by_peer(sock: socket.socket) -> bool:
     """Read until the peer closes; False if it still has not after REPLY_TIMEOUT_S."""
     sock.settimeout(REPLY_TIMEOUT_S)

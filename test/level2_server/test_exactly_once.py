@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from harness import wire
 from harness.engine_process import EngineProcess
-from harness.session import Session, attach_stream, is_closed_by_peer
+from harness.session import Session, attach_stream, is_closed_by_peer, receive_exactly
 from harness.waiting import wait_until
 from harness.wire import HEADER_BYTES, ROOT
 
@@ -36,9 +36,9 @@ def request(session: Session, op: str, body: bytes, sequence: int, node: int = R
 
 def receive(sock: socket.socket) -> bytes:
     """One whole message."""
-    data = sock.recv(HEADER_BYTES, socket.MSG_WAITALL)
+    data = receive_exactly(sock, HEADER_BYTES)
     assert len(data) == HEADER_BYTES, "the connection was closed"
-    return data + sock.recv(wire.read_header(data)[0] - HEADER_BYTES, socket.MSG_WAITALL)
+    return data + receive_exactly(sock, wire.read_header(data)[0] - HEADER_BYTES)
 
 
 def exchange(session: Session, message: bytes) -> bytes:
@@ -170,7 +170,7 @@ def test_a_reply_cut_at_any_byte_comes_again_whole(session: Session, share: Path
     message = request(session, "MKDIR", struct.pack("<II", 0o755, 0) + b"d", 1)
     with attach_stream(session.address, session.ticket, 1) as sock:
         sock.sendall(message)
-        begin = sock.recv(read, socket.MSG_WAITALL) if read else b""
+        begin = receive_exactly(sock, read)
     reply = exchange(session, message)
     assert len(reply) == 160 and reply.startswith(begin)
     assert wire.entry(reply, HEADER_BYTES).attr.ino == (share / "d").stat().st_ino

@@ -33,6 +33,8 @@ _LONGEST_DELAY_S = 2.0
 _MAX_BREAKS = 8
 #: How soon a waiting thread notices that the session is being closed.
 _SLICE_S = 0.5
+#: For one attempt to connect, so that the end of the session is noticed between two.
+_ATTEMPT_S = 5.0
 _DETACH_TIMEOUT_S = 2.0
 _FOR_EVER_S = 1e6
 
@@ -86,11 +88,13 @@ class Session:
         read_only: bool = False,
         timeout_s: float = 30.0,
     ) -> None:
-        self._engine = engine
+        self._timeout_s = timeout_s or _FOR_EVER_S
+        # After half of the time without an answer the other half is for finding out whether the server lives.
+        self._patience_s = self._timeout_s / 2
+        self._engine = engine.with_timeout(min(self._patience_s, _ATTEMPT_S))
         self._ticket = ticket
         self._source = source
         self._read_only = read_only
-        self._timeout_s = timeout_s or _FOR_EVER_S
         self._epoch = 0
         self._first: Connection | None = connection  # slot 0 of this epoch, until that slot takes it
         self._down_since_s: float | None = None
@@ -144,10 +148,12 @@ class Session:
 
     def _carry_through(self, slot: _Slot, request: _Request) -> tuple[int, bytes]:
         """Send a request until it is answered: (errno, body)."""
+        since_s = time.monotonic()
         while True:
             if slot.connection is None:
-                self._connect(slot)
+                self._connect(slot, since_s)
             self._number(slot, request)
+            since_s = time.monotonic()
             try:
                 return self._exchange(slot, request)
             except TimeoutError:
@@ -174,7 +180,7 @@ class Session:
         """One attempt over a slot's connection. OSError: it broke; TimeoutError: the server is silent."""
         assert slot.connection is not None
         message = encode(request.op, request.body, slot=slot.index, sequence=request.number, tag=request.number)
-        slot.connection.send(message, self._timeout_s)
+        slot.connection.send(message, self._patience_s)
         request.sent = True
         op, flags, error, _slot, sequence, _tag, body = self._receive(slot.connection)
         if op != request.op or not flags & REPLY or sequence != request.number:
@@ -183,7 +189,7 @@ class Session:
         return error, body
 
     def _receive(self, connection: Connection) -> tuple[int, int, int, int, int, int, bytes]:
-        deadline = time.monotonic() + self._timeout_s
+        deadline = time.monotonic() + self._patience_s
         while True:
             left_s = deadline - time.monotonic()
             try:
@@ -195,8 +201,11 @@ class Session:
 
     # ------------------------------------------------------------------------------------------------ connections
 
-    def _connect(self, slot: _Slot) -> None:
-        """Attach a slot, however many attempts it takes; EIO once the server was out of reach for `timeout_s`."""
+    def _connect(self, slot: _Slot, since_s: float) -> None:
+        """Attach a slot, however many attempts it takes; EIO once the server was out of reach for `timeout_s`.
+
+        `since_s`: when it was last known to be there.
+        """
         delay_s = _FIRST_DELAY_S
         while not self._closing.is_set():
             try:
@@ -205,7 +214,7 @@ class Session:
             except SessionLostError:
                 continue
             except QtfsError as failure:
-                if self._is_hopeless(failure):
+                if self._is_hopeless(failure, since_s):
                     break
             self._closing.wait(delay_s)
             delay_s = min(delay_s * 2, _LONGEST_DELAY_S)
@@ -244,14 +253,13 @@ class Session:
         if stale is not None:
             stale.close()
 
-    def _is_hopeless(self, failure: QtfsError) -> bool:
+    def _is_hopeless(self, failure: QtfsError, since_s: float) -> bool:
         """Note that the server is out of reach, and whether it has been for too long."""
-        now_s = time.monotonic()
         with self._guard:
             if self._down_since_s is None:
-                self._down_since_s = now_s
+                self._down_since_s = since_s
                 log.warning("the server is out of reach: %s", failure)
-            return now_s - self._down_since_s >= self._timeout_s
+            return time.monotonic() - self._down_since_s >= self._timeout_s
 
 
 def _detach(connection: Connection) -> bool:

@@ -84,6 +84,9 @@ _LARGEST_ERRNO = 511
 _JOIN_S = 0.2
 _MNT_DETACH = 2
 _HANDLE_WRITABLE = 1
+_CAPABILITY = b"security.capability"
+#: Nodes that are remembered to have none.
+_UNCAPABLE_AT_MOST = 1024
 
 
 class _File(NamedTuple):
@@ -200,6 +203,7 @@ class _Operations(llfuse.Operations):
         self._valid_s = _NAME_VALID_S[cache]
         self._forgetter = _Forgetter(fs)
         self._files: dict[int, _File] = {}
+        self._uncapable: dict[int, float] = {}  # until when, time.monotonic()
         # By handle: entries that the kernel has not taken yet, and where in them each offset is.
         self._listings: dict[int, tuple[list[DirectoryEntry], dict[int, int]]] = {}
 
@@ -358,8 +362,21 @@ class _Operations(llfuse.Operations):
 
     @_handler
     def getxattr(self, node: int, name: bytes, ctx: Any = None) -> bytes:
-        # llfuse names no caller where it looks for an attribute on behalf of setxattr.
-        return self._fs.getxattr(node, name, Caller() if ctx is None else _caller(ctx))
+        if name == _CAPABILITY and self._uncapable.get(node, 0) > time.monotonic():
+            raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
+        try:
+            # llfuse names no caller where it looks for an attribute on behalf of setxattr.
+            return self._fs.getxattr(node, name, Caller() if ctx is None else _caller(ctx))
+        except OSError as error:
+            if name == _CAPABILITY and error.errno == errno.ENODATA:
+                self._note_uncapable(node)
+            raise
+
+    def _note_uncapable(self, node: int) -> None:
+        """The kernel asks for capabilities before every write(2): an answer is good for as long as attributes are."""
+        if len(self._uncapable) >= _UNCAPABLE_AT_MOST:
+            self._uncapable.clear()
+        self._uncapable[node] = time.monotonic() + self._valid_s
 
     @_handler
     def listxattr(self, node: int, ctx: Any) -> list[bytes]:
@@ -367,12 +384,13 @@ class _Operations(llfuse.Operations):
 
     @_handler
     def setxattr(self, node: int, name: bytes, value: bytes, ctx: Any) -> None:
+        self._uncapable.pop(node, None)
         self._fs.setxattr(node, name, value, 0, _caller(ctx))
 
     @_handler
     def removexattr(self, node: int, name: bytes, ctx: Any) -> None:
         # The kernel drops capabilities from what is written to, and demands CAP_SETFCAP of who asks for that.
-        caller = Caller() if name == b"security.capability" else _caller(ctx)
+        caller = Caller() if name == _CAPABILITY else _caller(ctx)
         self._fs.removexattr(node, name, caller)
 
     def stacktrace(self) -> None:

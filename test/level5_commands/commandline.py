@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import subprocess
@@ -81,20 +82,19 @@ class Mounted:
     super_options: frozenset[str]
 
 
-def _plain(text: str) -> str:
-    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), text)
+def _plain(field: bytes) -> bytes:
+    return re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), field)
 
 
 def mounts_at(directory: Word) -> list[Mounted]:
     """What is mounted there, the topmost last."""
-    wanted = os.fsdecode(directory)
     found = []
-    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
-        left, _, right = line.partition(" - ")
-        fields, (kind, source, supers) = left.split(" "), right.split(" ")
-        if _plain(fields[4]).encode("latin-1", "surrogateescape") == os.fsencode(wanted):
-            options = frozenset(fields[5].split(","))
-            found.append(Mounted(options, kind, _plain(source), frozenset(supers.split(","))))
+    for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
+        left, _, right = line.partition(b" - ")
+        fields, (kind, source, supers) = left.split(b" "), right.split(b" ")
+        if _plain(fields[4]) == os.fsencode(directory):
+            options, super_options = (frozenset(field.decode().split(",")) for field in (fields[5], supers))
+            found.append(Mounted(options, kind.decode(), os.fsdecode(_plain(source)), super_options))
     return found
 
 
@@ -113,6 +113,20 @@ def daemons(directory: Word) -> list[psutil.Process]:
 def daemon_of(directory: Word) -> psutil.Process:
     (only,) = daemons(directory)
     return only
+
+
+def kill_daemon_of(directory: Word) -> None:
+    """SIGKILL, and wait until the kernel knows: what was on its way until then got ECONNABORTED."""
+    daemon_of(directory).kill()
+
+    def known() -> bool:
+        try:
+            os.stat(directory)
+        except OSError as error:
+            return error.errno == errno.ENOTCONN
+        return False
+
+    wait_until(known, "the kernel to notice that the daemon is dead")
 
 
 # --------------------------------------------------------------------------------------------------- other shells

@@ -180,7 +180,7 @@ class Engine:
             errno.EPERM: "refused by the engine's whitelist ([Mount])",
             errno.ENOENT: "no such directory on the server",
             errno.ENOTDIR: "not a directory on the server",
-            errno.EACCES: "the engine demands authentication",
+            errno.EACCES: "the engine may not open it",
             errno.EPROTONOSUPPORT: "version mismatch",
         }
         return f"{self.address}: {source}: {causes.get(error, os.strerror(error))}"

@@ -135,7 +135,7 @@ class _Words:
     allow_root: bool = False
     read_only: bool = False
     suid: bool = True
-    # Not as elsewhere: a device node stands for a device of the server, and this machine's must not answer in its place.
+    # Not as elsewhere: a device node stands for a device of the server; this machine's must not answer in its place.
     dev: bool = False
     exec: bool = True
     atime: bool = True

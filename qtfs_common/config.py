@@ -24,6 +24,8 @@ LOG_LEVELS = ("NONE", "ERROR", "WARN", "INFO", "DEBUG")
 DRIVERS = ("fuse3", "llfuse", "auto")
 CACHES = ("none", "auto", "always")
 MAX_CONNECTIONS = 64
+MAX_WORKERS = 512
+MAX_ADDRESSES = 64
 #: Bytes; the kernel reads at least a page, and a message carries at most 1 MiB.
 MAX_READ_RANGE = (4096, 1 << 20)
 
@@ -88,6 +90,8 @@ def _addresses(value: list[Any]) -> tuple[str, ...]:
         parse_address(entry)
     if not value:
         raise ValueError("the list is empty")
+    if len(value) > MAX_ADDRESSES:
+        raise ValueError(f"{len(value)} addresses, at most {MAX_ADDRESSES} are possible")
     return tuple(value)
 
 
@@ -106,7 +110,7 @@ _CONNECTIONS = ((int,), _between(1, MAX_CONNECTIONS))
 
 #: Keys of the engine's ``--config`` file. ``grace`` is in seconds.
 ENGINE_SCHEMA: Schema = {
-    "workers": ((int,), _between(1, 1024)),
+    "workers": ((int,), _between(1, MAX_WORKERS)),
     "listen": ((list,), _addresses),
     "whitelist": _PATH,
     "log_level": _LEVEL,

@@ -146,6 +146,15 @@ cdef uint64_t node_flags_locked(session *s, uint32_t on_device) noexcept nogil:
     return (NODE_UNCACHED if s.devices[on_device].uncached else 0) | (NODE_SUBMOUNT if on_device != 0 else 0)
 
 
+cdef bint lies_on_pseudo(session *s, const node *n) noexcept nogil:
+    """Whether a node belongs to a pseudo file system."""
+    cdef bint uncached
+    pthread_mutex_lock(&s.guard)
+    uncached = s.devices[n.device].uncached
+    pthread_mutex_unlock(&s.guard)
+    return uncached
+
+
 cdef int node_stat(session *s, node *n, int fd, attributes_reply *out) noexcept nogil:
     """Attributes of a pinned node, by its own descriptor or by one opened from it. 0 or -errno."""
     cdef statx_t st

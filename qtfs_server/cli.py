@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from qtfs_common import __version__, logs
 from qtfs_common.addresses import DEFAULT_PORT, Address, parse_address
-from qtfs_common.config import ENGINE_SCHEMA, load_config
+from qtfs_common.config import ENGINE_SCHEMA, MAX_WORKERS, load_config, value_from_text
 from qtfs_common.errors import QtfsError
 from qtfs_common.whitelist import DEFAULT_PATH
 from qtfs_server.engine import EngineOptions, run
@@ -25,7 +26,7 @@ signals: SIGHUP reads the whitelist again; SIGTERM finishes what is being execut
 
 _POSITIONAL = ("WORKERS", "PROXY_THREADS", "MY_ADDR", "MY_PROXY_PORT", "PEER_ADDR", "PEER_PROXY_PORT")
 _PORTS = range(1024, 65536)
-_MOST_WORKERS = 512
+_PATHS = ("whitelist", "key_file", "pid_file", "run_dir")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -37,16 +38,16 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("original", nargs="*", metavar="ARGUMENT", help=argparse.SUPPRESS)
-    parser.add_argument("--workers", type=int, metavar="N", help="worker threads (default 16)")
+    parser.add_argument("--workers", metavar="N", help="worker threads (default 16)")
     parser.add_argument("--listen", action="append", metavar="ADDRESS", help="serve clients here; may be repeated")
-    parser.add_argument("--port", type=int, metavar="N", help=f"data port where an address names none ({DEFAULT_PORT})")
+    parser.add_argument("--port", metavar="N", help=f"data port where an address names none ({DEFAULT_PORT})")
     parser.add_argument("--whitelist", metavar="FILE", help=f"what clients may do (default {DEFAULT_PATH})")
     parser.add_argument("--key-file", metavar="FILE", help="shared key; demanded for TCP other than loopback")
     parser.add_argument("--log-level", metavar="LEVEL", help="NONE, ERROR, WARN, INFO or DEBUG (default WARN)")
     parser.add_argument("--config", metavar="FILE", help="TOML file with the same settings; options override it")
     parser.add_argument("--pid-file", metavar="FILE", help="write the process id here")
     parser.add_argument("--run-dir", metavar="DIR", help="locks and control sockets (default /run/qtfs)")
-    parser.add_argument("--grace", type=float, metavar="SECONDS", help="how long a session outlives its client (90)")
+    parser.add_argument("--grace", metavar="SECONDS", help="how long a session outlives its client (90)")
     parser.add_argument("--version", action="version", version=f"qtfs {__version__}")
     return parser
 
@@ -67,7 +68,7 @@ def _from_positional(words: list[str]) -> dict[str, Any]:
         _number(name, named[name], _PORTS)
     parse_address(named["PEER_ADDR"])
     return {
-        "workers": _number("WORKERS", named["WORKERS"], range(1, _MOST_WORKERS + 1)),
+        "workers": _number("WORKERS", named["WORKERS"], range(1, MAX_WORKERS + 1)),
         "listen": (named["MY_ADDR"],),
     }
 
@@ -77,10 +78,20 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     settings = load_config(args.config, ENGINE_SCHEMA) if args.config else {}
     if args.original:
         settings |= _from_positional(args.original)
-    given = {key: getattr(args, key) for key in ENGINE_SCHEMA if getattr(args, key, None) is not None}
+    given = {key: _checked(key, getattr(args, key)) for key in ENGINE_SCHEMA if getattr(args, key, None) is not None}
     if args.original and args.listen:
-        given["listen"] = [*settings["listen"], *args.listen]
+        given["listen"] = (*settings["listen"], *args.listen)
     return settings | given
+
+
+def _checked(key: str, value: str | list[str]) -> Any:
+    """An option's value, under the rules of the configuration file; but paths may start here."""
+    if key in _PATHS:
+        value = os.path.abspath(str(value))
+    try:
+        return ENGINE_SCHEMA[key][1](value) if isinstance(value, list) else value_from_text(key, value, ENGINE_SCHEMA)
+    except ValueError as error:
+        raise QtfsError(f"--{key.replace('_', '-')}: {error}", 2) from error
 
 
 def _options(settings: dict[str, Any]) -> EngineOptions:
@@ -88,19 +99,18 @@ def _options(settings: dict[str, Any]) -> EngineOptions:
     addresses: tuple[Address, ...] = tuple(parse_address(text, port) for text in settings.get("listen", ()))
     if not addresses:
         raise QtfsError("no address to listen on: give --listen, or the six arguments (see --help)", 2)
-    workers = _number("workers", str(settings.get("workers", 16)), range(1, _MOST_WORKERS + 1))
 
     def path(key: str) -> Path | None:
         return Path(settings[key]) if settings.get(key) else None
 
     return EngineOptions(
         listen=addresses,
-        workers=workers,
+        workers=settings.get("workers", 16),
         whitelist=path("whitelist") or Path(DEFAULT_PATH),
         key_file=path("key_file"),
         pid_file=path("pid_file"),
         run_dir=path("run_dir"),
-        grace_s=float(settings.get("grace", 90.0)),
+        grace_s=settings.get("grace", 90.0),
     )
 
 

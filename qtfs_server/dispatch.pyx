@@ -164,7 +164,9 @@ cdef int execute_in_slot(session *s, uint32_t slot_index, identity *me, uint8_t 
     cdef slot *at = &s.slot_table[slot_index]
     cdef size_t body_bytes = 0
     cdef bint repeated
-    cdef int result = _take_slot(s, at, &msg.head, &repeated)
+    cdef int result = MALFORMED
+    if msg.head.op != OP_SETLKW:        # what may wait belongs on the event channel
+        result = _take_slot(s, at, &msg.head, &repeated)
     if result < 0:
         return result
     if repeated and at.saved_bytes > 0:
@@ -176,7 +178,7 @@ cdef int execute_in_slot(session *s, uint32_t slot_index, identity *me, uint8_t 
     result = execute(s, me, scratch, count, msg, repeated, out + sizeof(header), room - sizeof(header), &body_bytes)
     if result <= MALFORMED:
         _leave_slot(s, at)
-        return MALFORMED            # DEFERRED too: what may wait belongs on the event channel
+        return MALFORMED
     _reply_header(msg, -result, body_bytes, out)
     out_bytes[0] = sizeof(header) + body_bytes
     if not _table[msg.head.op].repeatable:

@@ -12,6 +12,7 @@ import resource
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,8 +161,9 @@ def _drain(server: Server, threads: list[threading.Thread]) -> bool:
     """Let every worker finish its request; False if one is stuck in the backing file system."""
     logs.notify("STOPPING=1")
     server.stop()
+    deadline = time.monotonic() + _DRAIN_TIMEOUT_S
     for thread in threads:
-        thread.join(_DRAIN_TIMEOUT_S)
+        thread.join(max(deadline - time.monotonic(), 0))
     return not any(thread.is_alive() for thread in threads)
 
 

@@ -6,13 +6,14 @@ from libc.errno cimport EINVAL, ENOTDIR, errno
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset, strlen
 
-from qtfs_common.protocol cimport MAX_PAYLOAD, direntry, direntry_bytes, direntry_plus, entry, open_reply, \
-    open_request, readdir_request
+from qtfs_common.protocol cimport MAX_PAYLOAD, OPENED_UNCACHED, direntry, direntry_bytes, direntry_plus, entry, \
+    open_reply, open_request, readdir_request
 from qtfs_server.identity cimport act_as_root
 from qtfs_server.includes.linux cimport AT_FDCWD, O_CLOEXEC, O_DIRECTORY, O_NONBLOCK, O_RDONLY, S_IFDIR, \
     SYS_getdents64, linux_dirent64, lseek, openat, syscall
 from qtfs_server.policy cimport ALLOW_READDIR
 from qtfs_server.request cimport MALFORMED, SCRATCH_BYTES, as_caller, request
+from qtfs_server.attributes cimport lies_on_pseudo
 from qtfs_server.descriptors cimport descriptors_short, proc_path
 from qtfs_server.handles cimport handle_new, handle_pin, handle_unpin
 from qtfs_server.nodes cimport node_allowed, node_enter, node_hold, node_pin, node_unpin
@@ -44,10 +45,11 @@ cdef int op_opendir(request *r) noexcept nogil:
         as_caller(r)
         fd = openat(AT_FDCWD, link, O_RDONLY | O_DIRECTORY | O_CLOEXEC)
         error = -errno if fd < 0 else handle_new(r.s, n, fd, HANDLE_DIRECTORY, &id)
+        out.flags = OPENED_UNCACHED if lies_on_pseudo(r.s, n) else 0
     node_unpin(r.s, n)
     if error == 0:
         out.handle = id
-        out.flags = out.reserved = 0
+        out.reserved = 0
         r.reply_bytes = sizeof(open_reply)
     return error
 

@@ -17,7 +17,7 @@ from qtfs_server.includes.linux cimport AT_EACCESS, AT_EMPTY_PATH, AT_FDCWD, O_A
 from qtfs_server.operations.locks cimport drop_locks, lock_given_back
 from qtfs_server.policy cimport ALLOW_CREATE, ALLOW_OPEN, ALLOW_READ, ALLOW_SETATTR, ALLOW_WRITE, place
 from qtfs_server.request cimport MALFORMED, as_caller, request, take_name
-from qtfs_server.attributes cimport signature, stat_fd
+from qtfs_server.attributes cimport lies_on_pseudo, signature, stat_fd
 from qtfs_server.descriptors cimport proc_path
 from qtfs_server.handles cimport handle_end, handle_new, handle_pin, handle_unpin
 from qtfs_server.nodes cimport child_allowed, node_allowed, node_enter, node_enter_fd, node_pin, node_unpin
@@ -64,7 +64,7 @@ cdef int _grant(request *r, node *n, int fd, uint32_t flags, open_reply *out) no
     if error < 0:
         close(fd)
         return error
-    out.flags = OPENED_UNCACHED if flags & O_APPEND else 0
+    out.flags = OPENED_UNCACHED if flags & O_APPEND or lies_on_pseudo(r.s, n) else 0
     if n.seen != signature(&st):
         out.flags |= OPENED_CHANGED
     error = handle_new(r.s, n, fd, HANDLE_WRITABLE if (flags & O_ACCMODE) != O_RDONLY else 0, &id)

@@ -7,7 +7,8 @@ file description of its own, on which the lock is an F_OFD_SETLK. Both conflict 
 Linux has no way to wait for a lock without a thread, so one thread for all waits tries them again: at once when a lock
 is given back through this engine, else after 1 ms, growing to 20 ms, for those that local processes hold.
 
-Lock order: _waiting_guard, session.lock_guard, session.guard. A lock is announced as given back under none of them.
+Lock order: _waiting_guard, session.lock_guard, session.guard. A lock is announced as given back, and a wait answered,
+under none of them.
 Sources: fcntl(2) "Open file description locks", flock(2), <linux/fuse.h> (struct fuse_lk_in).
 """
 from libc.errno cimport EACCES, EAGAIN, EINTR, EINVAL, EMFILE, ENOLCK, ENOMEM, errno
@@ -18,14 +19,14 @@ from posix.time cimport CLOCK_REALTIME, clock_gettime
 from qtfs_common.protocol cimport LOCK_FLOCK, lock_reply, lock_request
 from qtfs_server.includes.linux cimport AT_FDCWD, F_OFD_GETLK, F_OFD_SETLK, F_RDLCK, F_UNLCK, F_WRLCK, LOCK_EX, \
     LOCK_NB, LOCK_SH, LOCK_UN, O_CLOEXEC, O_NOCTTY, O_RDONLY, O_RDWR, atomic_add_int, close, dup, fcntl, flock, \
-    flock_t, openat, pthread_cond_init, pthread_cond_signal, pthread_cond_t, pthread_cond_timedwait, \
-    pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, timespec
+    flock_t, openat, pthread_cond_broadcast, pthread_cond_init, pthread_cond_signal, pthread_cond_t, \
+    pthread_cond_timedwait, pthread_cond_wait, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, timespec
 from qtfs_server.policy cimport ALLOW_OPEN
 from qtfs_server.request cimport DEFERRED, MALFORMED, request
 from qtfs_server.descriptors cimport close_counted, descriptor_opened, proc_path
 from qtfs_server.handles cimport handle_pin, handle_unpin
 from qtfs_server.nodes cimport node_keep, node_let_go
-from qtfs_server.session cimport handle, lock_owner, node, session
+from qtfs_server.session cimport HANDLE_ENDED, handle, lock_owner, node, session
 
 cdef extern from "<time.h>" nogil:
     int real_clock "clock_gettime"(int, timespec *)
@@ -45,13 +46,16 @@ cdef struct wait:                       # one SETLKW that could not be granted y
 
 cdef pthread_mutex_t _waiting_guard
 cdef pthread_cond_t _something_changed
+cdef pthread_cond_t _answered
 cdef wait *_waits = NULL
 cdef uint32_t _wait_count = 0
 cdef bint _stopping = False
 cdef bint _given_back = False           # a lock was given back since the last round
+cdef session *_answering = NULL         # it may not end now
 cdef answer_function _answer = NULL
 pthread_mutex_init(&_waiting_guard, NULL)
 pthread_cond_init(&_something_changed, NULL)
+pthread_cond_init(&_answered, NULL)
 
 
 # ---- owners ------------------------------------------------------------------------------------------------------
@@ -103,6 +107,7 @@ cdef void drop_locks(session *s, node *n, uint64_t owner) noexcept nogil:
         at[0] = gone.next
         close_counted(gone.fd)
     pthread_mutex_unlock(&s.lock_guard)
+    _cancel_waits_of(s, n, owner)
     if gone != NULL:
         node_let_go(s, n)
         free(gone)
@@ -231,9 +236,30 @@ cdef void lock_given_back() noexcept nogil:
         pthread_mutex_unlock(&_waiting_guard)
 
 
+cdef wait **_find_wait_locked(session *s, uint64_t tag) noexcept nogil:
+    cdef wait **at = &_waits
+    while at[0] != NULL and (at[0].s != s or at[0].tag != tag):
+        at = &at[0].next
+    return at
+
+
+cdef bint _queue(wait *w) noexcept nogil:
+    """Put a wait into the list; False if it is there already: the client asked again over a fresh event channel."""
+    global _waits, _wait_count
+    cdef bint fresh
+    pthread_mutex_lock(&_waiting_guard)
+    fresh = _find_wait_locked(w.s, w.tag)[0] == NULL
+    if fresh:
+        w.next = _waits
+        _waits = w
+        _wait_count += 1
+        pthread_cond_signal(&_something_changed)
+    pthread_mutex_unlock(&_waiting_guard)
+    return fresh
+
+
 cdef int op_setlkw(request *r) noexcept nogil:
     """SETLKW, on the event channel: lock_request → nothing, once the lock is held; EINTR after a CANCEL."""
-    global _waits, _wait_count
     cdef wait *w
     cdef handle *h
     cdef int error = _begin(r, &h)
@@ -251,12 +277,8 @@ cdef int op_setlkw(request *r) noexcept nogil:
     w.h = h
     w.what = (<lock_request *>r.body)[0]
     w.tag = r.head.tag
-    pthread_mutex_lock(&_waiting_guard)
-    w.next = _waits
-    _waits = w
-    _wait_count += 1
-    pthread_cond_signal(&_something_changed)
-    pthread_mutex_unlock(&_waiting_guard)
+    if not _queue(w):
+        _drop(w)
     return DEFERRED
 
 
@@ -268,9 +290,7 @@ cdef wait *_take_locked(wait **at) noexcept nogil:
     return taken
 
 
-cdef void _finish(wait *w, int error, bint answered) noexcept nogil:
-    if answered:
-        _answer(w.s, w.tag, error)
+cdef void _drop(wait *w) noexcept nogil:
     handle_unpin(w.s, w.h)
     free(w)
 
@@ -280,46 +300,80 @@ cdef void cancel_wait(session *s, uint64_t tag) noexcept nogil:
     cdef wait **at
     cdef wait *found = NULL
     pthread_mutex_lock(&_waiting_guard)
-    at = &_waits
-    while at[0] != NULL and (at[0].s != s or at[0].tag != tag):
-        at = &at[0].next
+    at = _find_wait_locked(s, tag)
     if at[0] != NULL:
         found = _take_locked(at)
     pthread_mutex_unlock(&_waiting_guard)
     if found != NULL:
-        _finish(found, -EINTR, True)
+        _answer(s, tag, -EINTR)
+        _drop(found)
+
+
+cdef void _cancel_waits_of(session *s, node *n, uint64_t owner) noexcept nogil:
+    """The owner closed the file: what it still waits for must not be granted to it later."""
+    cdef wait **at
+    if _wait_count == 0:
+        return
+    pthread_mutex_lock(&_waiting_guard)
+    at = &_waits
+    while at[0] != NULL:
+        if at[0].s == s and at[0].h.node == n and at[0].what.owner == owner and not at[0].what.flags & LOCK_FLOCK:
+            _drop(_take_locked(at))
+        else:
+            at = &at[0].next
+    pthread_mutex_unlock(&_waiting_guard)
 
 
 cdef void abandon_waits(session *s) noexcept nogil:
     """The session ends: its waits end without an answer."""
     cdef wait **at
     pthread_mutex_lock(&_waiting_guard)
+    while _answering == s:
+        pthread_cond_wait(&_answered, &_waiting_guard)
     at = &_waits
     while at[0] != NULL:
         if at[0].s == s:
-            _finish(_take_locked(at), 0, False)
+            _drop(_take_locked(at))
         else:
             at = &at[0].next
     pthread_mutex_unlock(&_waiting_guard)
 
 
-cdef bint _try_all_locked() noexcept nogil:
-    """One round over all waits; whether any was granted or failed for good."""
-    cdef wait **at = &_waits
-    cdef int error
-    cdef bint progress = False
-    while at[0] != NULL:
-        error = _try_wait(at[0])
-        if error == -EAGAIN:
-            at = &at[0].next
-        else:
-            _finish(_take_locked(at), error, True)
-            progress = True
-    return progress
-
-
 cdef int _try_wait(wait *w) noexcept nogil:
-    return _try_lock(w.s, w.h, &w.what)
+    return -EINTR if w.h.flags & HANDLE_ENDED else _try_lock(w.s, w.h, &w.what)
+
+
+cdef wait **_next_ended_locked(int *error) noexcept nogil:
+    """The first wait that is granted now, or has failed for good."""
+    cdef wait **at = &_waits
+    while at[0] != NULL:
+        error[0] = _try_wait(at[0])
+        if error[0] != -EAGAIN:
+            break
+        at = &at[0].next
+    return at
+
+
+cdef bint _try_all_locked() noexcept nogil:
+    """Try all waits, answer those that end; whether there was any. The guard is let go meanwhile."""
+    global _answering
+    cdef wait **at
+    cdef wait *ended
+    cdef int error = 0
+    cdef bint progress = False
+    at = _next_ended_locked(&error)
+    while at[0] != NULL:
+        progress = True
+        ended = _take_locked(at)
+        _answering = ended.s
+        pthread_mutex_unlock(&_waiting_guard)
+        _answer(ended.s, ended.tag, error)      # a peer that does not read delays nobody who wants the guard
+        _drop(ended)
+        pthread_mutex_lock(&_waiting_guard)
+        _answering = NULL
+        pthread_cond_broadcast(&_answered)
+        at = _next_ended_locked(&error)
+    return progress
 
 
 cdef void _pause_locked(int64_t delay_us) noexcept nogil:

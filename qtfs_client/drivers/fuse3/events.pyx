@@ -44,7 +44,7 @@ cdef enum:
     TICK_US = 1000000               # while somebody waits for something
     PING_US = 5000000               # between two PINGs, at most
     SETTLE_US = 10000               # all workers busy for that long: triage begins
-    CAUGHT_SIGNAL_US = 2000000      # as in exchange.pyx
+    UNLOCK = 2                      # lock_request.type
 
 
 # ---- blocking locks --------------------------------------------------------------------------------------------------
@@ -84,12 +84,23 @@ cdef lock_wait **_find_wait_locked(mount_state *m, uint64_t unique) noexcept nog
     return at
 
 
-cdef void _end_wait_locked(lock_wait **at, int error) noexcept nogil:
-    """Answer the kernel (errno, positive, or 0) and forget the wait."""
+cdef void _forget_wait_locked(lock_wait **at) noexcept nogil:
     cdef lock_wait *wait = at[0]
-    write_reply(wait.device, wait.request.unique, -error, NULL, 0, NULL, 0)
     at[0] = wait.next
     free(wait)
+
+
+cdef void _answer_wait_locked(lock_wait **at, int error) noexcept nogil:
+    """Answer the kernel (errno, positive, or 0) what the server said, and forget the wait."""
+    write_reply(at[0].device, at[0].request.unique, -error, NULL, 0, NULL, 0)
+    _forget_wait_locked(at)
+
+
+cdef void _give_up_wait_locked(lock_wait *wait, int error) noexcept nogil:
+    """Answer the kernel before the server does; the server is told later."""
+    write_reply(wait.device, wait.request.unique, -error, NULL, 0, NULL, 0)
+    wait.orphan = True
+    wait.dying = error == EINTR
 
 
 cdef int _wait_is_over(mount_state *m, lock_wait *wait, int64_t now) noexcept nogil:
@@ -103,14 +114,13 @@ cdef int _wait_is_over(mount_state *m, lock_wait *wait, int64_t now) noexcept no
 
 
 cdef void _see_to_waits_locked(mount_state *m, int64_t now) noexcept nogil:
-    cdef lock_wait **at = &m.lock_waits
+    cdef lock_wait *wait = m.lock_waits
     cdef int error
-    while at[0] != NULL:
-        error = _wait_is_over(m, at[0], now)
+    while wait != NULL:
+        error = 0 if wait.orphan else _wait_is_over(m, wait, now)
         if error:
-            _end_wait_locked(at, error)
-        else:
-            at = &at[0].next
+            _give_up_wait_locked(wait, error)
+        wait = wait.next
 
 
 cdef void _lose(mount_state *m) noexcept nogil:
@@ -148,23 +158,52 @@ cdef size_t _put_lock(mount_state *m, lock_wait *wait) noexcept nogil:
     return sizeof(caller) + sizeof(lock_request)
 
 
+cdef void _put_cancel(mount_state *m, lock_wait *wait) noexcept nogil:
+    _begin(m, OP_CANCEL, wait.request.unique, 0)
+    wait.cancelled = True
+
+
+cdef bint _put_orphan_locked(mount_state *m, lock_wait **at, size_t *body_bytes) noexcept nogil:
+    """Tell the server that nobody waits any more: CANCEL, and for a dying owner an unlock, since the grant may have
+    come first. What the server replies is not waited for. False: there was nothing to tell.
+    """
+    cdef lock_wait *wait = at[0]
+    if wait.sent and not wait.cancelled:
+        _put_cancel(m, wait)
+        return True
+    if not wait.sent or not wait.dying:
+        _forget_wait_locked(at)
+        return False
+    wait.lock.type = UNLOCK
+    body_bytes[0] = _put_lock(m, wait)
+    _forget_wait_locked(at)
+    return True
+
+
+cdef bint _put_wait(mount_state *m, lock_wait *wait, size_t *body_bytes) noexcept nogil:
+    """What the server has to know of somebody who waits; False: nothing new."""
+    if not wait.sent:
+        body_bytes[0] = _put_lock(m, wait)
+        return True
+    if wait.interrupted and not wait.cancelled:
+        _put_cancel(m, wait)
+        return True
+    return False
+
+
 cdef bint _next_message(mount_state *m, int64_t now, size_t *body_bytes) noexcept nogil:
     """Put what is to be sent next into the channel's room; False if there is nothing."""
+    cdef lock_wait **at
     cdef lock_wait *wait
     cdef bint found = False
     body_bytes[0] = 0
     pthread_mutex_lock(&m.guard)
-    wait = m.lock_waits
-    while wait != NULL and not found:
-        found = True
-        if not wait.sent:
-            body_bytes[0] = _put_lock(m, wait)
-        elif wait.interrupted and not wait.cancelled:
-            _begin(m, OP_CANCEL, wait.request.unique, 0)
-            wait.cancelled = True
-        else:
-            found = False
-        wait = wait.next
+    at = &m.lock_waits
+    while at[0] != NULL and not found:
+        wait = at[0]
+        found = _put_orphan_locked(m, at, body_bytes) if wait.orphan else _put_wait(m, wait, body_bytes)
+        if at[0] == wait:
+            at = &wait.next
     pthread_mutex_unlock(&m.guard)
     if not found and now - m.pinged_us >= _ping_us(m):
         _begin(m, OP_PING, 0, 0)
@@ -198,8 +237,8 @@ cdef void _take_message(mount_state *m, const message *got) noexcept nogil:
         return
     pthread_mutex_lock(&m.guard)
     at = _find_wait_locked(m, got.head.tag)
-    if at[0] != NULL:
-        _end_wait_locked(at, got.head.error if 0 <= got.head.error < 512 else EIO)
+    if at[0] != NULL and not at[0].orphan:
+        _answer_wait_locked(at, got.head.error if 0 <= got.head.error < 512 else EIO)
     pthread_mutex_unlock(&m.guard)
 
 
@@ -225,7 +264,8 @@ cdef void _take_fresh(mount_state *m, int64_t now) noexcept nogil:
     pthread_mutex_lock(&m.guard)
     wait = m.lock_waits
     while wait != NULL:
-        wait.sent = wait.cancelled = False
+        wait.cancelled = False
+        wait.sent = wait.orphan         # an orphan is only to be cancelled
         wait = wait.next
     pthread_mutex_unlock(&m.guard)
 

@@ -38,10 +38,10 @@ cdef void _set_attr_validity(mount_state *m, uint8_t *made) noexcept nogil:
     out.attr_valid_nsec = 0
 
 
-cdef uint32_t _opening(worker *w, const open_reply *opened, bint uncached_node) noexcept nogil:
+cdef uint32_t _opening(worker *w, const open_reply *opened) noexcept nogil:
     """FOPEN_* for an open file: how the kernel may cache it."""
     cdef mount_state *m = w.mount
-    if opened.flags & OPENED_UNCACHED or uncached_node:
+    if opened.flags & OPENED_UNCACHED:
         return FOPEN_DIRECT_IO | FOPEN_PARALLEL_DIRECT_WRITES
     if m.cache == CACHE_NONE:
         # Without FUSE_DIRECT_IO_ALLOW_MMAP (Linux 6.6) a program that maps the file would fail.
@@ -81,7 +81,7 @@ cdef int _answer_open(worker *w, message *m) noexcept nogil:
         return reply_error(w, EIO)
     if w.mount.cache == CACHE_AUTO and opened.flags & OPENED_CHANGED:
         forget_cached_attributes(w.mount, w.request.nodeid)
-    (<fuse_open_out *>m.body).open_flags = _opening(w, opened, False)
+    (<fuse_open_out *>m.body).open_flags = _opening(w, opened)
     (<fuse_open_out *>m.body).padding = 0
     return reply(w, m.body, sizeof(open_reply))
 
@@ -103,12 +103,10 @@ cdef int _answer_opendir(worker *w, message *m) noexcept nogil:
 cdef int _answer_create(worker *w, message *m) noexcept nogil:
     cdef create_reply *made = <create_reply *>m.body
     cdef fuse_open_out *out
-    cdef bint uncached
     if m.body_bytes != sizeof(create_reply):
         return reply_error(w, EIO)
-    uncached = made.made.node_flags & NODE_UNCACHED
     out = <fuse_open_out *>(m.body + sizeof(entry))
-    out.open_flags = _opening(w, &made.opened, uncached)
+    out.open_flags = _opening(w, &made.opened)
     out.padding = 0
     _set_entry_validity(w.mount, m.body)
     return reply(w, m.body, sizeof(create_reply))

@@ -122,6 +122,8 @@ cdef struct lock_wait:              # a SETLKW that the server has not granted y
     bint sent
     bint interrupted
     bint cancelled                  # CANCEL was sent
+    bint orphan                     # the kernel has its answer; the server may still think that somebody waits
+    bint dying                      # so does its owner: whatever was granted meanwhile is to be given back
     int64_t since_us
 
 cdef struct mount_state:
@@ -135,7 +137,6 @@ cdef struct mount_state:
     bint setxattr_ext
     bint deny_others                # allow_root: only `owner` and root
     uint32_t owner
-    uint32_t max_read
     int64_t timeout_us              # 0: wait for ever
     int64_t spin_us
     int32_t cpus

@@ -61,6 +61,7 @@ class _Request:
     op: int
     body: bytes
     repeatable: bool
+    patience_s: float
     number: int = 0
     epoch: int = -1
     sent: bool = False
@@ -111,7 +112,7 @@ class Session:
         Raises OSError with the server's errno; EIO if the server stays out of reach, or if it cannot be known whether
         the request was executed.
         """
-        request = _Request(op, body, repeatable)
+        request = _Request(op, body, repeatable, self._patience_s)
         slot = self._pool.get()
         try:
             error, reply = self._carry_through(slot, request)
@@ -157,8 +158,10 @@ class Session:
             try:
                 return self._exchange(slot, request)
             except TimeoutError:
-                # Slow, or gone without a word? Attaching again tells, and the request waits on under its number.
+                # Slow, or gone without a word? Attaching again tells, and the request waits on under its number; longer,
+                # or what always takes its time would never be done.
                 slot.disconnect()
+                request.patience_s *= 2
             except OSError as failure:
                 log.debug("slot %d: %s", slot.index, failure)
                 slot.disconnect()
@@ -180,16 +183,16 @@ class Session:
         """One attempt over a slot's connection. OSError: it broke; TimeoutError: the server is silent."""
         assert slot.connection is not None
         message = encode(request.op, request.body, slot=slot.index, sequence=request.number, tag=request.number)
-        slot.connection.send(message, self._patience_s)
+        slot.connection.send(message, request.patience_s)
         request.sent = True
-        op, flags, error, _slot, sequence, _tag, body = self._receive(slot.connection)
+        op, flags, error, _slot, sequence, _tag, body = self._receive(slot.connection, request.patience_s)
         if op != request.op or not flags & REPLY or sequence != request.number:
             raise OSError(errno.EPROTO, "the server answered something else")
         slot.executed = request.number
         return error, body
 
-    def _receive(self, connection: Connection) -> tuple[int, int, int, int, int, int, bytes]:
-        deadline = time.monotonic() + self._patience_s
+    def _receive(self, connection: Connection, patience_s: float) -> tuple[int, int, int, int, int, int, bytes]:
+        deadline = time.monotonic() + patience_s
         while True:
             left_s = deadline - time.monotonic()
             try:

@@ -118,7 +118,8 @@ ENGINE_SCHEMA: Schema = {
     "run_dir": _PATH,
     "key_file": _PATH,
     "grace": _SECONDS,
-    "port": _PORT,
+    # 0: any free port; the ready line tells which.
+    "port": ((int,), _between(0, 65535)),
 }
 
 #: Keys of client.toml, and options of mount.qtfs. ``timeout`` is in seconds, ``max_read`` in bytes.

@@ -7,18 +7,18 @@ or, where the file system has none, a path to open them by.
 from libc.errno cimport EACCES, EMFILE, ENFILE, ENOMEM, EROFS, ESTALE, errno
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
-from libc.string cimport memcmp, memcpy, memset, strcpy
+from libc.string cimport memcmp, memcpy, memset, strcpy, strrchr
 
 from qtfs_common.protocol cimport MAX_PATH, ROOT_NODE, entry
 from qtfs_server.attributes cimport device_index, fill_attributes, find_device_locked, node_flags_locked, signature, \
     stat_fd, stat_name
 from qtfs_server.descriptors cimport close_counted, descriptor_opened, descriptors_short, fd_path, proc_path
-from qtfs_server.includes.linux cimport AT_EMPTY_PATH, AT_FDCWD, O_CLOEXEC, O_NOFOLLOW, O_NONBLOCK, O_PATH, O_RDONLY, \
-    RESOLVE_NO_SYMLINKS, S_IFDIR, S_IFMT, S_IFREG, SYS_openat2, close, file_handle, \
+from qtfs_server.includes.linux cimport AT_EMPTY_PATH, AT_FDCWD, O_CLOEXEC, O_DIRECTORY, O_NOFOLLOW, \
+    O_NONBLOCK, O_PATH, O_RDONLY, RESOLVE_NO_SYMLINKS, S_IFDIR, S_IFMT, S_IFREG, SYS_openat2, close, file_handle, \
     name_to_handle_at, open_by_handle_at, open_how, openat, pthread_mutex_lock, pthread_mutex_unlock, statx_t, syscall
 from qtfs_server.policy cimport OFF_TRIE, child_place, count_denial, current_epoch, path_place, place
 from qtfs_server.session cimport CHUNK, MAX_NODES, NODE_IN_USE, NODE_PATHLESS, NODE_RECENT, NODE_REVIVE_BY_PATH, \
-    NO_INDEX, grown_chunks, node, node_at, session
+    NO_INDEX, grown_chunks, node, node_at, session, session_fullest, session_unref
 
 cdef enum:
     MAX_HANDLE_BYTES = 128          # MAX_HANDLE_SZ of <linux/exportfs.h>
@@ -119,19 +119,53 @@ cdef uint32_t _index_locked(session *s, uint64_t id) noexcept nogil:
 
 # ---- descriptors -------------------------------------------------------------------------------------------------
 
-cdef int _mount_fd(session *s, node *n) noexcept nogil:
-    """A descriptor on the node's mount for open_by_handle_at(2), opened from a file or directory at hand; or -1."""
+cdef int _open_directory_of(session *s, node *n) noexcept nogil:
+    """The directory that a node lies in, if it is on the same mount: a descriptor or -1."""
+    cdef char path[MAX_PATH]
+    cdef char *slash
+    cdef statx_t st
+    cdef uint32_t on_device
+    cdef bint same = False
+    cdef int fd
+    if fd_path(n.fd, path, sizeof(path)) <= 0 or path[0] != b'/':
+        return -1
+    slash = strrchr(path, b'/')
+    slash[1 if slash == path else 0] = 0
+    fd = openat(AT_FDCWD, path, O_RDONLY | O_DIRECTORY | O_CLOEXEC)
+    if fd < 0:
+        return -1
+    if stat_fd(fd, &st) == 0:
+        pthread_mutex_lock(&s.guard)
+        same = find_device_locked(s, &st, &on_device) and on_device == n.device
+        pthread_mutex_unlock(&s.guard)
+    if same:
+        return fd
+    close(fd)
+    return -1
+
+
+cdef int _open_on_mount(session *s, node *n) noexcept nogil:
+    """Open something on a node's mount, rather a directory: an open file would keep its blocks once it is unlinked."""
     cdef char link[32]
+    cdef int fd = -1
+    proc_path(link, n.fd)
+    if n.type == S_IFDIR:
+        return openat(AT_FDCWD, link, O_RDONLY | O_DIRECTORY | O_CLOEXEC)
+    fd = _open_directory_of(s, n)
+    if fd < 0 and n.type == S_IFREG:
+        fd = openat(AT_FDCWD, link, O_RDONLY | O_CLOEXEC | O_NONBLOCK)
+    return fd
+
+
+cdef int _mount_fd(session *s, node *n) noexcept nogil:
+    """A descriptor on the node's mount for open_by_handle_at(2), opened when first needed; or -1."""
     cdef int fd, known
     pthread_mutex_lock(&s.guard)
     known = s.devices[n.device].mount_fd
     pthread_mutex_unlock(&s.guard)
     if known >= 0:
         return known
-    if n.type != S_IFDIR and n.type != S_IFREG:
-        return -1
-    proc_path(link, n.fd)
-    fd = openat(AT_FDCWD, link, O_RDONLY | O_CLOEXEC | O_NONBLOCK)
+    fd = _open_on_mount(s, n)
     if fd < 0:
         return -1
     pthread_mutex_lock(&s.guard)
@@ -193,6 +227,7 @@ cdef bint _put_aside(session *s, node *n) noexcept nogil:
     if n.pins == 1 and n.fd >= 0:
         fd = n.fd
         n.fd = -1
+        s.open_nodes -= 1
         n.revive = revive
         n.flags = (n.flags & ~NODE_REVIVE_BY_PATH) | by_path
         revive = NULL
@@ -240,11 +275,22 @@ cdef bint _evict_one(session *s) noexcept nogil:
     return False
 
 
+cdef bint _evict_fullest() noexcept nogil:
+    """Take from the session whose nodes hold most: one that is idle must not starve one that works."""
+    cdef session *fullest = session_fullest()
+    cdef bint gone
+    if fullest == NULL:
+        return False
+    gone = _evict_one(fullest)
+    session_unref(fullest)
+    return gone
+
+
 cdef void evict(session *s) noexcept nogil:
     """Close descriptors of nodes not used lately until there is room again. As root, between requests."""
     cdef int i
     for i in range(EVICTED_AT_ONCE):
-        if not descriptors_short() or not _evict_one(s):
+        if not descriptors_short() or not (_evict_fullest() or _evict_one(s)):
             return
 
 
@@ -294,8 +340,9 @@ cdef int _revived_fd(session *s, node *n, const revival *by) noexcept nogil:
     return fd
 
 
-cdef void _give_fd_locked(node *n, int fd, uint16_t pathless) noexcept nogil:
+cdef void _give_fd_locked(session *s, node *n, int fd, uint16_t pathless) noexcept nogil:
     n.fd = fd
+    s.open_nodes += 1
     n.flags = (n.flags & ~NODE_PATHLESS) | pathless
     free(n.revive)
     n.revive = NULL
@@ -315,7 +362,7 @@ cdef int _revive(session *s, node *n) noexcept nogil:
     fd = _revived_fd(s, n, &by)
     pthread_mutex_lock(&s.guard)
     if fd >= 0 and n.fd < 0:
-        _give_fd_locked(n, fd, NODE_PATHLESS if by.by_handle != NULL else 0)
+        _give_fd_locked(s, n, fd, NODE_PATHLESS if by.by_handle != NULL else 0)
         fd = 0
     elif fd >= 0:
         close(fd)
@@ -365,6 +412,8 @@ cdef void _drop_locked(session *s, node *n) noexcept nogil:
         _unlink_locked(s, index)
     else:
         index = _index_of(s, n)
+    if n.fd >= 0:
+        s.open_nodes -= 1
     close_counted(n.fd)
     free(n.revive)
     n.revive = NULL
@@ -535,7 +584,7 @@ cdef int node_enter_fd(session *s, int fd, const statx_t *st, place where, entry
     if index != NO_INDEX:
         n = node_at(s, index)
         if n.fd < 0:
-            _give_fd_locked(n, fd, 0)
+            _give_fd_locked(s, n, fd, 0)
             fd = -1
         _count_locked(s, index, st, where, out)
     pthread_mutex_unlock(&s.guard)

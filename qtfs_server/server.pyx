@@ -24,7 +24,7 @@ from qtfs_server.operations.locks cimport abandon_waits, cancel_wait, set_answer
 from qtfs_server.policy cimport ALLOW_MOUNT, path_place, place, count_denial
 from qtfs_server.request cimport DEFERRED, MALFORMED, SCRATCH_BYTES
 from qtfs_server.nodes cimport root_enter
-from qtfs_server.session cimport session, session_free, session_new
+from qtfs_server.session cimport session, session_new, session_unref, set_farewell
 from qtfs_server cimport descriptors as descriptors_module
 
 import hmac
@@ -160,13 +160,7 @@ cdef void _leave_session(connection *c) noexcept nogil:
     pthread_mutex_lock(&c.send_guard)       # an answer of another thread may be on its way
     pthread_mutex_unlock(&c.send_guard)
     c.s = NULL
-    _unref(s)
-
-
-cdef void _unref(session *s) noexcept nogil:
-    if atomic_add_int(&s.references, -1) == 0:
-        abandon_waits(s)
-        session_free(s)
+    session_unref(s)
 
 
 cdef void _connection_free(connection *c) noexcept nogil:
@@ -460,6 +454,7 @@ cdef class Server:
         descriptors_module.descriptor_limit = descriptor_limit
         _spinning_at_most = max(1, (os.cpu_count() or 1) // 2)
         set_answer(_answer_wait)
+        set_farewell(abandon_waits)
         self.epoll_fd = epoll_create1(EPOLL_CLOEXEC)
         self.stop_fd = eventfd(0, EFD_CLOEXEC)
         self.spare_fd = eventfd(0, EFD_CLOEXEC)
@@ -584,7 +579,7 @@ cdef class Server:
         s.read_only = flags & MOUNT_READ_ONLY
         cdef int error = root_enter(s, fd, path_place(<const char *>real))
         if error < 0:
-            session_free(s)
+            session_unref(s)
             raise Refused(-error)
         self.sessions[id] = <size_t>s
         self._bind(c, s, 0)
@@ -640,7 +635,7 @@ cdef class Server:
         pthread_mutex_unlock(&s.guard)
         with nogil:
             abandon_waits(s)
-            _unref(s)
+            session_unref(s)
         return 0
 
     # ---- housekeeping, figures ----

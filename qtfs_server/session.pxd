@@ -1,6 +1,6 @@
 """What the server keeps of one mount: nodes, handles, slots, lock owners.
 
-Lock order: session.guard, then nothing. It is held for table look-ups only, never over a system call that may block.
+Lock order: the guard of the list of all sessions, session.guard, then nothing. Both are held for table look-ups only, never over a system call that may block.
 A pinned node or handle stays what it is until it is unpinned; whoever unpins an ended handle last closes it.
 """
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
@@ -89,6 +89,7 @@ cdef struct session:
     uint32_t node_count             # indexes below this were given out once
     uint32_t node_free
     uint32_t nodes_used
+    uint32_t open_nodes             # those that have their descriptor
     uint32_t hand                   # of the eviction clock
     uint32_t *buckets
     uint32_t bucket_mask
@@ -100,9 +101,15 @@ cdef struct session:
     uint32_t device_count
     pthread_mutex_t lock_guard      # POSIX locks and their owners; taken above guard, held over fcntl(2)
     lock_owner *owners
+    session *next                   # of all there are
+    session *previous
+
+ctypedef void (*session_function)(session *) noexcept nogil
 
 cdef session *session_new(uint64_t id, const uint8_t *secret, uint32_t salt, uint32_t slots) noexcept nogil
-cdef void session_free(session *s) noexcept nogil
+cdef void session_unref(session *s) noexcept nogil
+cdef void set_farewell(session_function farewell) noexcept nogil
+cdef session *session_fullest() noexcept nogil
 cdef node *node_at(session *s, uint32_t index) noexcept nogil
 cdef handle *handle_at(session *s, uint32_t index) noexcept nogil
 cdef void **grown_chunks(void **chunks, uint32_t count, size_t item_bytes) noexcept nogil

@@ -4,10 +4,16 @@ from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcpy
 
 from qtfs_server.descriptors cimport close_counted
-from qtfs_server.includes.linux cimport pthread_mutex_destroy, pthread_mutex_init
+from qtfs_server.includes.linux cimport atomic_add_int, pthread_mutex_destroy, pthread_mutex_init, \
+    pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock
 
 cdef enum:
     LEAST_BUCKETS = 64
+
+cdef pthread_mutex_t _all_guard
+cdef session *_all = NULL
+cdef session_function _farewell = NULL
+pthread_mutex_init(&_all_guard, NULL)
 
 
 # ---- tables ------------------------------------------------------------------------------------------------------
@@ -61,6 +67,7 @@ cdef session *session_new(uint64_t id, const uint8_t *secret, uint32_t salt, uin
     s.references = 1
     pthread_mutex_init(&s.guard, NULL)
     pthread_mutex_init(&s.lock_guard, NULL)
+    _list(s)
     return s
 
 
@@ -89,8 +96,8 @@ cdef void _free_handles(session *s) noexcept nogil:
     free(s.handle_chunks)
 
 
-cdef void session_free(session *s) noexcept nogil:
-    """Close and free everything; nobody may hold the session any more."""
+cdef void _session_free(session *s) noexcept nogil:
+    """Close and free everything; nobody holds the session any more."""
     cdef lock_owner *owner = s.owners
     cdef lock_owner *following
     cdef uint32_t i
@@ -111,3 +118,60 @@ cdef void session_free(session *s) noexcept nogil:
     pthread_mutex_destroy(&s.guard)
     pthread_mutex_destroy(&s.lock_guard)
     free(s)
+
+
+cdef void set_farewell(session_function farewell) noexcept nogil:
+    """Set who lets go of what waits in a session's name before it is freed."""
+    global _farewell
+    _farewell = farewell
+
+
+cdef void session_unref(session *s) noexcept nogil:
+    """Give a reference back; the last one frees the session."""
+    if atomic_add_int(&s.references, -1) == 0:
+        _unlist(s)
+        _farewell(s)
+        _session_free(s)
+
+
+# ---- all of them -------------------------------------------------------------------------------------------------
+
+cdef void _list(session *s) noexcept nogil:
+    global _all
+    pthread_mutex_lock(&_all_guard)
+    s.next = _all
+    if _all != NULL:
+        _all.previous = s
+    _all = s
+    pthread_mutex_unlock(&_all_guard)
+
+
+cdef void _unlist(session *s) noexcept nogil:
+    global _all
+    pthread_mutex_lock(&_all_guard)
+    if s.previous != NULL:
+        s.previous.next = s.next
+    else:
+        _all = s.next
+    if s.next != NULL:
+        s.next.previous = s.previous
+    pthread_mutex_unlock(&_all_guard)
+
+
+cdef session *session_fullest() noexcept nogil:
+    """The session whose nodes hold most descriptors, its root's aside, with a reference for the caller; or NULL."""
+    cdef session *s
+    cdef session *found = NULL
+    cdef uint32_t most = 1
+    pthread_mutex_lock(&_all_guard)
+    s = _all
+    while s != NULL:
+        if s.open_nodes > most:
+            most = s.open_nodes
+            found = s
+        s = s.next
+    if found != NULL and atomic_add_int(&found.references, 1) == 1:
+        atomic_add_int(&found.references, -1)   # somebody is about to free it, once we let go of the list
+        found = NULL
+    pthread_mutex_unlock(&_all_guard)
+    return found

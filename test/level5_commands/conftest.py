@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from commandline import daemons
 from harness.engine_process import EngineProcess, everything_below
-from harness.leaks import unmount_below
+from harness.leaks import end_processes, unmount_below
 from harness.waiting import wait_until
 
 
@@ -41,4 +41,7 @@ def point(tmp_path: Path) -> Iterator[Path]:
     path.mkdir()
     yield path
     unmount_below(str(path))
-    wait_until(lambda: not daemons(path), f"the daemon of {path} to end")
+    try:
+        wait_until(lambda: not daemons(path), f"the daemon of {path} to end")
+    finally:
+        end_processes(daemons(path))

@@ -132,6 +132,17 @@ class Session:
     def close(self) -> None:
         """End the session on the server and close all connections. No call may be under way."""
         self.stop()
+        connections = self._take_connections()
+        if not any(_detach(connection) for connection in connections) and self._down_since_s is None:
+            with contextlib.suppress(QtfsError):
+                connections.append(self._engine.attach(self._ticket, 0)[0])
+                _detach(connections[-1])
+        # Where all this fails, the server ends the session once its grace time is over.
+        for connection in connections:
+            connection.close()
+
+    def _take_connections(self) -> list[Connection]:
+        """Those of the present session, out of the pool."""
         connections = [self._first] if self._first is not None else []
         with contextlib.suppress(queue.Empty):
             while True:
@@ -140,10 +151,7 @@ class Session:
                     slot.disconnect()
                 elif slot.connection is not None:
                     connections.append(slot.connection)
-        # Without a connection left, the server ends the session once its grace time is over.
-        any(_detach(connection) for connection in connections)
-        for connection in connections:
-            connection.close()
+        return connections
 
     # --------------------------------------------------------------------------------------------------- requests
 
@@ -158,8 +166,8 @@ class Session:
             try:
                 return self._exchange(slot, request)
             except TimeoutError:
-                # Slow, or gone without a word? Attaching again tells, and the request waits on under its number; longer,
-                # or what always takes its time would never be done.
+                # Slow, or gone without a word? Attaching again tells, and the request goes on under its number; with more
+                # patience, or what always takes this long would never be done.
                 slot.disconnect()
                 request.patience_s *= 2
             except OSError as failure:
@@ -246,9 +254,7 @@ class Session:
         with self._renewing:
             if self._epoch != lost_epoch:
                 return
-            connection, ticket = self._engine.mount(
-                self._source, read_only=self._read_only, slots=self._ticket.slots
-            )
+            connection, ticket = self._engine.mount(self._source, read_only=self._read_only, slots=self._ticket.slots)
             with self._guard:
                 stale = self._first
                 self._ticket, self._epoch, self._first = ticket, lost_epoch + 1, connection

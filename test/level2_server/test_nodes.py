@@ -1,0 +1,338 @@
+"""Nodes: one for each inode, kept as long as the client's kernel knows them, with or without a descriptor."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from harness.engine_process import EngineProcess, everything_below
+from harness.session import Session
+from harness.waiting import wait_until
+from harness.wire import ROOT
+
+from qtfs_common.whitelist import Type
+
+UNCACHED, SUBMOUNT = 1, 2
+FILES = 20_000
+RESERVED = 64
+
+
+def refusal(call: Callable[..., object], *arguments: object, **options: object) -> int:
+    with pytest.raises(OSError) as caught:
+        call(*arguments, **options)
+    assert caught.value.errno is not None
+    return caught.value.errno
+
+
+def nodes(engine: EngineProcess) -> int:
+    """Of the only session."""
+    (session,) = engine.figures()["sessions"]
+    return int(session["nodes"])
+
+
+def content(session: Session, node: int) -> bytes:
+    opened = session.open(node)
+    data = session.read(opened.handle, 0, 1000)
+    session.release(opened.handle)
+    return data
+
+
+# ---- counts
+
+
+def test_a_node_lives_until_all_its_lookups_are_returned(session: Session, engine: EngineProcess, share: Path) -> None:
+    (share / "f").touch()
+    node = session.lookup(ROOT, b"f").node
+    for _ in range(9):
+        assert session.lookup(ROOT, b"f").node == node
+    assert nodes(engine) == 2
+    session.forget((node, 4), (node, 5))
+    assert stat.S_ISREG(session.getattr(node).mode)
+    session.forget((node, 1))
+    assert nodes(engine) == 1 and refusal(session.getattr, node) == errno.ESTALE
+
+
+def test_returning_more_than_was_counted_is_returning_all(session: Session, engine: EngineProcess, share: Path) -> None:
+    (share / "f").touch()
+    node = session.lookup(ROOT, b"f").node
+    session.forget((node, (1 << 64) - 1), (node, 1))
+    assert nodes(engine) == 1
+
+
+def test_an_open_handle_keeps_the_node(session: Session, engine: EngineProcess, share: Path) -> None:
+    (share / "f").write_text("x")
+    node = session.lookup(ROOT, b"f").node
+    opened = session.open(node)
+    session.forget((node, 1))
+    assert session.getattr(node).size == 1 and nodes(engine) == 2
+    session.release(opened.handle)
+    assert nodes(engine) == 1
+
+
+def test_names_of_one_file_are_one_node(session: Session, engine: EngineProcess, share: Path) -> None:
+    (share / "d").mkdir()
+    (share / "a").touch()
+    for number in range(20):
+        os.link(share / "a", share / "d" / str(number))
+    directory = session.lookup(ROOT, b"d").node
+    found = {session.lookup(directory, b"%d" % number).node for number in range(20)}
+    assert found == {session.lookup(ROOT, b"a").node} and nodes(engine) == 3
+    assert session.getattr(found.pop()).nlink == 21
+
+
+def test_a_file_made_anew_is_another_node(session: Session, share: Path) -> None:
+    """ext4 gives the same inode number again at once; the number of the node must not come back with it."""
+    seen = set()
+    for _ in range(20):
+        made, opened = session.create(ROOT, b"f", os.O_RDWR | os.O_EXCL)
+        session.release(opened.handle)
+        assert made.node not in seen
+        seen.add(made.node)
+        session.unlink(ROOT, b"f")
+        session.forget((made.node, 1))
+
+
+def test_an_unlinked_file_stays_usable_through_its_node(session: Session, share: Path) -> None:
+    (share / "f").write_text("still here")
+    node = session.lookup(ROOT, b"f").node
+    session.unlink(ROOT, b"f")
+    assert session.getattr(node).nlink == 0
+    assert content(session, node) == b"still here"
+
+
+def test_lookups_and_forgets_cost_no_memory(session: Session, engine: EngineProcess, share: Path) -> None:
+    for number in range(10):
+        (share / str(number)).touch()
+
+    def rounds(count: int) -> None:
+        for number in range(count):
+            session.forget((session.lookup(ROOT, b"%d" % (number % 10)).node, 1))
+
+    rounds(1000)
+    before = engine.resident_bytes()
+    rounds(10_000)
+    assert engine.resident_bytes() - before < 1 << 20
+    assert nodes(engine) == 1
+
+
+def test_handles_cost_no_memory_once_released(session: Session, engine: EngineProcess, share: Path) -> None:
+    (share / "f").write_text("x")
+    node = session.lookup(ROOT, b"f").node
+
+    def rounds(count: int) -> None:
+        for _ in range(count):
+            session.release(session.open(node).handle)
+
+    rounds(500)
+    before = engine.resident_bytes()
+    rounds(5000)
+    assert engine.resident_bytes() - before < 1 << 20
+
+
+# ---- other mounts
+
+
+def test_pseudo_file_systems_are_marked(tmp_path: Path) -> None:
+    with EngineProcess(tmp_path, rules={Type.MOUNT: ["/proc", "/sys"]}).running() as engine:
+        for source, name in (("/proc/sys/kernel", b"ostype"), ("/sys/kernel", b"mm")):
+            with Session(engine.address, source) as session:
+                assert session.lookup(ROOT, name).node_flags == UNCACHED
+
+
+@pytest.fixture
+def submount(share: Path) -> Iterator[Path]:
+    """A tmpfs below the share."""
+    point = share / "below"
+    point.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "qtfs-test", point], check=True)
+    yield point
+    subprocess.run(["umount", point], check=True)
+
+
+@pytest.mark.root
+def test_inode_numbers_of_other_mounts_are_distinct(session: Session, share: Path, submount: Path) -> None:
+    (submount / "f").touch()
+    root = session.lookup(ROOT, b"below")
+    file = session.lookup(root.node, b"f")
+    for path, found in ((submount, root), (submount / "f", file)):
+        assert found.node_flags == SUBMOUNT
+        assert found.attr.ino == path.stat().st_ino ^ 1 << 48
+    handle = session.opendir(root.node)
+    assert {d.ino for d in session.readdir(handle, plus=True) if d.name == b"f"} == {file.attr.ino}
+    session.release(handle, op="RELEASEDIR")
+    assert refusal(session.rename, root.node, b"f", ROOT, b"f") == errno.EXDEV
+    session.forget((file.node, 2), (root.node, 1))
+    # Nothing of ours may keep the mount busy: the fixture unmounts it while the session is open.
+
+
+# ---- few descriptors
+
+
+@pytest.fixture(scope="module")
+def crowd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A share of 20,000 files in 20 directories, each holding its own path."""
+    area = tmp_path_factory.mktemp("crowd")
+    for directory in range(20):
+        (area / "share" / str(directory)).mkdir(parents=True)
+        for number in range(FILES // 20):
+            path = f"{directory}/{number}"
+            with open(area / "share" / path, "w") as file:
+                file.write(path)
+    return area
+
+
+def limited(area: Path, descriptors: int, name: str = "engine") -> EngineProcess:
+    engine = EngineProcess(area / f"{name}-{descriptors}", workers=2, limits=(f"--nofile={descriptors}",))
+    engine.allow(everything_below(area))
+    return engine
+
+
+@pytest.mark.parametrize(("descriptors", "files"), [(64, 2000), (128, 2000), (1024, FILES)])
+def test_more_nodes_than_descriptors(crowd: Path, descriptors: int, files: int) -> None:
+    """All are held, then each is read again by its node alone."""
+    with limited(crowd, descriptors).running() as engine:
+        with Session(engine.address, crowd / "share") as session:
+            held: dict[int, str] = {}
+            for directory in range(20):
+                parent = session.lookup(ROOT, b"%d" % directory).node
+                for number in range(files // 20):
+                    held[session.lookup(parent, b"%d" % number).node] = f"{directory}/{number}"
+            assert len(held) == files and nodes(engine) == files + 21
+            assert engine.descriptors() <= descriptors
+            for node, path in held.items():
+                assert content(session, node) == path.encode()
+            assert engine.descriptors() <= descriptors
+            session.forget(*((node, 1) for node in held))
+            assert nodes(engine) == 21
+        wait_until(engine.is_idle, "the engine to let everything go")
+
+
+@pytest.fixture
+def pressed(tmp_path: Path) -> Iterator[tuple[EngineProcess, Session, Path]]:
+    """An engine so short of descriptors that every node gives its own up at once."""
+    area = tmp_path / "pressed"
+    with limited(area, RESERVED).running() as engine:
+        share = area / "share"
+        share.mkdir()
+        with Session(engine.address, share) as session:
+            yield engine, session, share
+        wait_until(engine.is_idle, "the engine to let everything go")
+
+
+def test_a_node_put_aside_follows_its_file_through_renames(pressed: tuple[EngineProcess, Session, Path]) -> None:
+    _, session, share = pressed
+    (share / "d").mkdir()
+    (share / "d/f").write_text("text")
+    directory, file = session.walk("d").node, session.walk("d/f").node
+    os.rename(share / "d", share / "e")
+    os.rename(share / "e/f", share / "e/g")
+    assert content(session, file) == b"text"
+    assert session.lookup(directory, b"g").node == file
+    session.mkdir(directory, b"made")
+    assert (share / "e/made").is_dir()
+
+
+def test_a_node_put_aside_is_stale_once_its_file_is_gone(pressed: tuple[EngineProcess, Session, Path]) -> None:
+    _, session, share = pressed
+    (share / "f").write_text("old")
+    node = session.lookup(ROOT, b"f").node
+    session.getattr(ROOT)
+    (share / "f").unlink()
+    assert refusal(session.getattr, node) == errno.ESTALE
+    (share / "f").write_text("new")
+    again = session.lookup(ROOT, b"f").node
+    assert again != node and content(session, again) == b"new"
+    assert refusal(session.getattr, node) == errno.ESTALE
+    session.forget((node, 1))
+
+
+def test_a_node_unlinked_through_the_mount_is_not_lost(pressed: tuple[EngineProcess, Session, Path]) -> None:
+    """Its handle keeps it usable, descriptors or not."""
+    _, session, _ = pressed
+    made, opened = session.create(ROOT, b"f")
+    session.write(opened.handle, 0, b"kept")
+    session.unlink(ROOT, b"f")
+    for number in range(20):
+        session.mkdir(ROOT, b"%d" % number)
+    assert session.read(opened.handle, 0, 10) == b"kept"
+    assert session.getattr(made.node, opened.handle).nlink == 0
+    session.release(opened.handle)
+
+
+def test_every_type_of_node_comes_back(pressed: tuple[EngineProcess, Session, Path]) -> None:
+    _, session, share = pressed
+    (share / "link").symlink_to("target")
+    os.mkfifo(share / "fifo")
+    os.mknod(share / "null", stat.S_IFCHR | 0o666, os.makedev(1, 3))
+    os.mknod(share / "socket", stat.S_IFSOCK | 0o666)
+    (share / "directory").mkdir()
+    held = {path: session.lookup(ROOT, os.fsencode(path.name)).node for path in share.iterdir()}
+    for path, node in held.items():
+        assert session.getattr(node).mode == path.lstat().st_mode
+    assert session.readlink(held[share / "link"]) == b"target"
+
+
+def test_a_listing_with_attributes_goes_without_them_when_descriptors_are_short(
+    pressed: tuple[EngineProcess, Session, Path],
+) -> None:
+    _, session, share = pressed
+    for number in range(300):
+        (share / str(number)).touch()
+    handle = session.opendir(ROOT)
+    found = list(session.entries(handle, 65536, plus=True))
+    assert {d.name for d in found} == {b".", b".."} | {b"%d" % number for number in range(300)}
+    for each in found:
+        if each.entry is not None:
+            assert each.entry.attr.ino == each.ino
+    session.release(handle, op="RELEASEDIR")
+
+
+def test_file_systems_without_file_handles_are_opened_again_by_path(tmp_path: Path) -> None:
+    names = ("ostype", "osrelease", "hostname", "pid_max", "cap_last_cap")
+    engine = limited(tmp_path, RESERVED)
+    engine.allow({kind: ["/proc/sys/kernel"] for kind in (Type.MOUNT, Type.OPEN, Type.READ)})
+    with engine.running(), Session(engine.address, "/proc/sys/kernel") as session:
+        held = {name: session.lookup(ROOT, name.encode()).node for name in names}
+        for _ in range(3):
+            for name, node in held.items():
+                assert content(session, node) == Path("/proc/sys/kernel", name).read_bytes()
+
+
+def test_one_session_does_not_starve_another(crowd: Path) -> None:
+    """Descriptors that one session's nodes hold are given up for another's files."""
+    with limited(crowd, 256, "fair").running() as engine:
+        with Session(engine.address, crowd / "share") as hoarder, Session(engine.address, crowd / "share") as other:
+            parent = hoarder.lookup(ROOT, b"0").node
+            kept = [hoarder.lookup(parent, b"%d" % number).node for number in range(1000)]
+            directory = other.lookup(ROOT, b"1").node
+            handles = [other.open(other.lookup(directory, b"%d" % number).node).handle for number in range(150)]
+            for number, handle in enumerate(handles):
+                assert other.read(handle, 0, 100) == b"1/%d" % number
+            assert content(hoarder, kept[0]) == b"0/0"
+        wait_until(engine.is_idle, "the engine to let everything go")
+
+
+def test_running_out_of_descriptors_is_an_error_and_passes(crowd: Path) -> None:
+    """Handles cannot be given up: opening more than there are fails with EMFILE, and works again after a release."""
+    with limited(crowd, 128, "full").running() as engine:
+        with Session(engine.address, crowd / "share") as session:
+            node = session.walk("0/0").node
+            handles = []
+            with pytest.raises(OSError) as caught:
+                for _ in range(200):
+                    handles.append(session.open(node).handle)
+            assert caught.value.errno == errno.EMFILE
+            assert len(handles) > 80
+            for handle in handles:
+                assert session.read(handle, 0, 10) == b"0/0"
+            for handle in handles[:40]:
+                session.release(handle)
+            assert session.walk("5/5").attr.size == 3
+            for handle in handles[40:]:
+                session.release(handle)
+        wait_until(engine.is_idle, "the engine to let everything go")

@@ -166,8 +166,8 @@ class Session:
             try:
                 return self._exchange(slot, request)
             except TimeoutError:
-                # Slow, or gone without a word? Attaching again tells, and the request goes on under its number; with more
-                # patience, or what always takes this long would never be done.
+                # Slow, or gone without a word? Attaching again tells, and the request goes on under its number;
+                # with more patience, or what always takes this long would never be done.
                 slot.disconnect()
                 request.patience_s *= 2
             except OSError as failure:

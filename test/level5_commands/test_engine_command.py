@@ -333,7 +333,8 @@ def test_a_socket_path_that_is_a_file(common: tuple[Word, ...], tmp_path: Path) 
         (("16", "1", "127.0.0.1", "12121", "127.0.0.1", "99999"), "PEER_PROXY_PORT.*'99999'"),
         (("--listen", "smoke://signal"), "smoke"),
         (("--listen", "unix://relative"), "relative"),
-        (("--listen", "tcp://127.0.0.1:0", "--workers", "0"), "workers.*'0'"),
+        (("--listen", "tcp://127.0.0.1:0", "--workers", "0"), r"workers.*\b0\b"),
+        (("--listen", "tcp://127.0.0.1:0", "--workers", "many"), "workers.*'many'"),
         (("--listen", "tcp://127.0.0.1:0", "--log-level", "LOUD"), "LOUD"),
     ],
 )
@@ -343,7 +344,7 @@ def test_command_lines_that_make_no_sense(common: tuple[Word, ...], words: tuple
     outcome.refused(outcome.status, "engine: ", cause)
 
 
-@pytest.mark.parametrize("words", [("--listne", "x"), ("--workers", "many"), ("--port",)])
+@pytest.mark.parametrize("words", [("--listne", "x"), ("--port",)])
 def test_unknown_options(words: tuple[str, ...]) -> None:
     outcome = engine(*words)
     assert outcome.status == 2 and "Traceback" not in outcome.stderr

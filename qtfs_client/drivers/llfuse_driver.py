@@ -9,6 +9,8 @@ llfuse leaves out of its replies is added by llfuse_hooks. Further limits:
 - A file that is open without page cache (cache=none, pseudo files, O_APPEND) cannot be mapped shared: ENODEV.
 - statfs(2) tells of the file system at the root of the mount, wherever it is asked.
 - XATTR_CREATE and XATTR_REPLACE are checked before the attribute is set, not in one step.
+- A directory's default ACL does not lift the umask, which the kernel has applied before we are asked.
+- "Now", as touch(1) sets it, is by this machine's clock. syncfs(2) does not reach the server; fsync(2) does.
 
 llfuse keeps its state in globals: one mount in a process. Threads: llfuse.main and its workers, which run the handlers,
 each without llfuse's lock; one that sends forgets. llfuse.main has a thread of its own, as it would not let Python's

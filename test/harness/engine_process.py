@@ -30,7 +30,7 @@ from qtfs_common.whitelist import Type
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 OBSERVED = CHECKOUT / "test/harness/observed_engine.py"
-READY = re.compile(r"^qtfs engine: listening on (.*)$", re.MULTILINE)
+READY = re.compile(r"^qtfs engine: listening on (.+)\n", re.MULTILINE)
 START_TIMEOUT_S = 20.0
 STOP_TIMEOUT_S = 20.0
 TRANSPORTS = ("unix", "tcp")
@@ -89,8 +89,8 @@ class EngineProcess:
     @contextlib.contextmanager
     def running(self) -> Iterator[EngineProcess]:
         """Started; stopped and judged at the end, or killed if the body fails."""
-        self.start()
         try:
+            self.start()
             yield self
         except BaseException:
             self.kill()

@@ -163,7 +163,7 @@ cdef int execute_in_slot(session *s, uint32_t slot_index, identity *me, uint8_t 
     """Execute a request of a slot, or find the reply it got before. 0 (the reply is at `out`), MALFORMED or SLOT_BUSY."""
     cdef slot *at = &s.slot_table[slot_index]
     cdef size_t body_bytes = 0
-    cdef bint repeated
+    cdef bint repeated = False
     cdef int result = MALFORMED
     if msg.head.op != OP_SETLKW:        # what may wait belongs on the event channel
         result = _take_slot(s, at, &msg.head, &repeated)

@@ -56,7 +56,7 @@ cdef uint32_t _hash(uint32_t on_device, uint64_t ino) noexcept nogil:
 
 cdef uint32_t _find_locked(session *s, uint32_t on_device, uint64_t ino) noexcept nogil:
     cdef uint32_t index = s.buckets[_hash(on_device, ino) & s.bucket_mask]
-    cdef node *n
+    cdef node *n = NULL
     while index != NO_INDEX:
         n = node_at(s, index)
         if n.ino == ino and n.device == on_device:
@@ -124,7 +124,7 @@ cdef int _open_directory_of(session *s, node *n) noexcept nogil:
     cdef char path[MAX_PATH]
     cdef char *slash
     cdef statx_t st
-    cdef uint32_t on_device
+    cdef uint32_t on_device = 0
     cdef bint same = False
     cdef int fd
     if fd_path(n.fd, path, sizeof(path)) <= 0 or path[0] != b'/':
@@ -186,7 +186,7 @@ cdef file_handle *_file_handle(int fd) noexcept nogil:
     cdef uint64_t room[17]          # header and MAX_HANDLE_BYTES, aligned
     cdef file_handle *found = <file_handle *>room
     cdef file_handle *copy
-    cdef int mount_id
+    cdef int mount_id = 0
     found.handle_bytes = MAX_HANDLE_BYTES
     if name_to_handle_at(fd, b"", found, &mount_id, AT_EMPTY_PATH) < 0:
         return NULL
@@ -239,11 +239,12 @@ cdef bint _put_aside(session *s, node *n) noexcept nogil:
 
 cdef node *_next_victim(session *s) noexcept nogil:
     """Advance the clock hand to a node whose descriptor can go, and pin it; NULL if a whole round finds none."""
-    cdef uint32_t step
-    cdef node *n
+    cdef uint32_t steps = 2 * s.node_count
+    cdef node *n = NULL
     cdef node *found = NULL
     pthread_mutex_lock(&s.guard)
-    for step in range(2 * s.node_count):
+    while steps > 0:
+        steps -= 1
         s.hand = s.hand + 1 if s.hand + 1 < s.node_count else ROOT_NODE + 1
         if s.hand >= s.node_count:
             break
@@ -261,10 +262,11 @@ cdef node *_next_victim(session *s) noexcept nogil:
 
 
 cdef bint _evict_one(session *s) noexcept nogil:
-    cdef node *n
-    cdef int attempt
+    cdef node *n = NULL
+    cdef int attempts = 64
     cdef bint gone
-    for attempt in range(64):
+    while attempts > 0:
+        attempts -= 1
         n = _next_victim(s)
         if n == NULL:
             return False
@@ -288,10 +290,9 @@ cdef bint _evict_fullest() noexcept nogil:
 
 cdef void evict(session *s) noexcept nogil:
     """Close descriptors of nodes not used lately until there is room again. As root, between requests."""
-    cdef int i
-    for i in range(EVICTED_AT_ONCE):
-        if not descriptors_short() or not (_evict_fullest() or _evict_one(s)):
-            return
+    cdef int left = EVICTED_AT_ONCE
+    while left > 0 and descriptors_short() and (_evict_fullest() or _evict_one(s)):
+        left -= 1
 
 
 cdef struct revival:                # a copy of what opens a put-aside node again: others may revive it meanwhile
@@ -321,7 +322,7 @@ cdef int _revived_fd(session *s, node *n, const revival *by) noexcept nogil:
     cdef open_how how
     cdef statx_t st
     cdef int fd
-    cdef uint32_t on_device
+    cdef uint32_t on_device = 0
     if by.by_handle == NULL:
         memset(&how, 0, sizeof(how))
         how.flags = O_PATH | O_NOFOLLOW | O_CLOEXEC
@@ -465,7 +466,7 @@ cdef void node_let_go(session *s, node *n) noexcept nogil:
 cdef void node_forget(session *s, uint64_t id, uint64_t lookups) noexcept nogil:
     """The client's kernel returns lookup counts: FUSE_FORGET. More than were given out, or of unknown ids: ignored."""
     cdef uint32_t index
-    cdef node *n
+    cdef node *n = NULL
     pthread_mutex_lock(&s.guard)
     index = _index_locked(s, id)
     if index > ROOT_NODE:
@@ -505,7 +506,7 @@ cdef void _count_locked(session *s, uint32_t index, const statx_t *st, place whe
 
 cdef bint _count_known(session *s, const statx_t *st, place where, entry *out) noexcept nogil:
     """The common case: the node is known and has its descriptor, so that its inode cannot have been used again."""
-    cdef uint32_t on_device, index = NO_INDEX
+    cdef uint32_t on_device = 0, index = NO_INDEX
     cdef bint hit = False
     pthread_mutex_lock(&s.guard)
     if find_device_locked(s, st, &on_device):
@@ -531,7 +532,7 @@ cdef bint _is_node_locked(node *n, const statx_t *st, const file_handle *current
 cdef uint32_t _make_locked(session *s, uint32_t on_device, const statx_t *st, place where) noexcept nogil:
     """A new node without descriptor, or NO_INDEX."""
     cdef uint32_t index = _new_node_locked(s)
-    cdef node *n
+    cdef node *n = NULL
     if index == NO_INDEX:
         return NO_INDEX
     n = node_at(s, index)
@@ -570,8 +571,8 @@ cdef bint _is_put_aside(session *s, uint32_t on_device, uint64_t ino) noexcept n
 
 cdef int node_enter_fd(session *s, int fd, const statx_t *st, place where, entry *out) noexcept nogil:
     """Find or make the node of an O_PATH descriptor, which is taken over, and count a lookup. 0 or -errno."""
-    cdef uint32_t on_device, index
-    cdef node *n
+    cdef uint32_t on_device = 0, index
+    cdef node *n = NULL
     cdef file_handle *current = NULL
     cdef int error = device_index(s, fd, st, &on_device)
     if error < 0:

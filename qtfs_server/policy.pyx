@@ -131,7 +131,7 @@ def install(whitelist: "Whitelist") -> None:
     """Put a parsed whitelist into force for all requests from now on."""
     global _rules
     cdef uint32_t at
-    cdef size_t room = 1 + sum(path.count(b"/") + 1 for paths in whitelist.paths.values() for path in paths)
+    cdef size_t room = 1 + sum([path.count(b"/") + 1 for paths in whitelist.paths.values() for path in paths])
     cdef rules *r = <rules *>calloc(1, sizeof(rules))
     if room >= OFF_TRIE:
         raise ConfigError(whitelist.source, f"too long: its paths have {room} components (at most {OFF_TRIE - 1})")

@@ -106,7 +106,7 @@ cdef class FuseMount:
         self.lock = threading.Lock()
         fuse_set_log_func(_note_complaint)
         _complaint[0] = 0
-        text = ",".join(escape_option(option) for option in options)
+        text = ",".join([escape_option(option) for option in options])
         self.session = _new_session([b"mount.qtfs", b"-o", os.fsencode(text)])
         with nogil:
             status = fuse_session_mount(self.session, path_text)

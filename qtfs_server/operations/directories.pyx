@@ -31,8 +31,8 @@ cdef int op_opendir(request *r) noexcept nogil:
     """OPENDIR: open_request → open_reply."""
     cdef open_reply *out = <open_reply *>r.reply
     cdef char link[32]
-    cdef node *n
-    cdef uint64_t id
+    cdef node *n = NULL
+    cdef uint64_t id = 0
     cdef int fd, error
     if r.body_bytes != sizeof(open_request):
         return MALFORMED
@@ -129,7 +129,7 @@ cdef int _fill(request *r, handle *h, const readdir_request *body) noexcept nogi
 cdef int op_readdir(request *r) noexcept nogil:
     """READDIR: readdir_request → records of whole 8-byte words; none at the end. With plus, lookups are counted."""
     cdef readdir_request *body = <readdir_request *>r.body
-    cdef handle *h
+    cdef handle *h = NULL
     cdef int error
     if r.body_bytes != sizeof(readdir_request) or body.size > MAX_PAYLOAD:
         return MALFORMED

@@ -59,7 +59,7 @@ cdef bint _writes(uint32_t flags) noexcept nogil:
 cdef int _grant(request *r, node *n, int fd, uint32_t flags, open_reply *out) noexcept nogil:
     """Make the handle of an opened file, which is taken over. 0 or -errno."""
     cdef statx_t st
-    cdef uint64_t id
+    cdef uint64_t id = 0
     cdef int error = stat_fd(fd, &st)
     if error < 0:
         close(fd)
@@ -105,7 +105,7 @@ cdef int _open_node(request *r, node *n, uint32_t flags, uint32_t kill, open_rep
 cdef int op_open(request *r) noexcept nogil:
     """OPEN: open_request → open_reply."""
     cdef open_request *body = <open_request *>r.body
-    cdef node *n
+    cdef node *n = NULL
     cdef int error
     if r.body_bytes != sizeof(open_request):
         return MALFORMED
@@ -136,7 +136,7 @@ cdef int _enter_opened(request *r, int fd, place where, entry *out) noexcept nog
 
 cdef int _grant_made(request *r, int fd, place where, uint32_t flags, create_reply *out) noexcept nogil:
     """Entry and handle of a file just made, whose descriptor is taken over. 0 or -errno."""
-    cdef node *n
+    cdef node *n = NULL
     cdef int error
     act_as_root(r.me)
     error = _enter_opened(r, fd, where, &out.made)
@@ -154,7 +154,7 @@ cdef int _grant_made(request *r, int fd, place where, uint32_t flags, create_rep
 cdef int _open_existing(request *r, node *parent, const char *name, size_t name_bytes, create_reply *out) noexcept nogil:
     """CREATE of a name that another machine made first: open what is there, if it is a regular file."""
     cdef create_request *body = <create_request *>r.body
-    cdef node *n
+    cdef node *n = NULL
     cdef int error = node_enter(r.s, parent, name, name_bytes, &out.made)
     act_as_root(r.me)
     if error == 0:
@@ -198,7 +198,7 @@ cdef int op_create(request *r) noexcept nogil:
     """CREATE: create_request, name → create_reply. Exclusive with O_EXCL, whoever else is at it."""
     cdef char name[MAX_NAME + 1]
     cdef size_t name_bytes = r.body_bytes - sizeof(create_request)
-    cdef node *parent
+    cdef node *parent = NULL
     cdef int error
     if r.body_bytes < sizeof(create_request):
         return MALFORMED
@@ -215,7 +215,7 @@ cdef int op_create(request *r) noexcept nogil:
 cdef int op_tmpfile(request *r) noexcept nogil:
     """TMPFILE: create_request → create_reply, of a file without a name (O_TMPFILE)."""
     cdef create_request *body = <create_request *>r.body
-    cdef node *parent
+    cdef node *parent = NULL
     cdef int fd, error
     if r.body_bytes != sizeof(create_request):
         return MALFORMED
@@ -242,7 +242,7 @@ cdef int op_tmpfile(request *r) noexcept nogil:
 cdef int op_read(request *r) noexcept nogil:
     """READ: read_request → data; fewer bytes than asked only at the end of the file."""
     cdef read_request *body = <read_request *>r.body
-    cdef handle *h
+    cdef handle *h = NULL
     cdef ssize_t got
     cdef int error
     if r.body_bytes != sizeof(read_request) or body.size > MAX_PAYLOAD:
@@ -270,7 +270,7 @@ cdef void _as_writer(request *r, uint32_t kill) noexcept nogil:
 cdef int op_write(request *r) noexcept nogil:
     """WRITE: write_request, data → count_reply. With O_APPEND at the end of the file, wherever that is by now."""
     cdef write_request *body = <write_request *>r.body
-    cdef handle *h
+    cdef handle *h = NULL
     cdef ssize_t done
     cdef int error
     if r.body_bytes < sizeof(write_request) or r.body_bytes != sizeof(write_request) + <size_t>body.size:
@@ -303,7 +303,7 @@ cdef int op_release(request *r) noexcept nogil:
 cdef int op_flush(request *r) noexcept nogil:
     """FLUSH: release_request → nothing. A close(2): the owner's POSIX locks end, late write errors show."""
     cdef release_request *body = <release_request *>r.body
-    cdef handle *h
+    cdef handle *h = NULL
     cdef int fd, error
     if r.body_bytes != sizeof(release_request):
         return MALFORMED
@@ -322,7 +322,7 @@ cdef int op_flush(request *r) noexcept nogil:
 cdef int op_fsync(request *r) noexcept nogil:
     """FSYNC, FSYNCDIR: fsync_request → nothing; the data (and attributes) are on the server's disk."""
     cdef fsync_request *body = <fsync_request *>r.body
-    cdef handle *h
+    cdef handle *h = NULL
     cdef int error
     if r.body_bytes != sizeof(fsync_request):
         return MALFORMED
@@ -338,7 +338,7 @@ cdef int op_fsync(request *r) noexcept nogil:
 cdef int op_fallocate(request *r) noexcept nogil:
     """FALLOCATE: fallocate_request → nothing. Modes as the backing file system knows them."""
     cdef fallocate_request *body = <fallocate_request *>r.body
-    cdef handle *h
+    cdef handle *h = NULL
     cdef int error
     if r.body_bytes != sizeof(fallocate_request):
         return MALFORMED
@@ -357,7 +357,7 @@ cdef int op_fallocate(request *r) noexcept nogil:
 cdef int op_lseek(request *r) noexcept nogil:
     """LSEEK: lseek_request → lseek_reply, for SEEK_DATA and SEEK_HOLE."""
     cdef lseek_request *body = <lseek_request *>r.body
-    cdef handle *h
+    cdef handle *h = NULL
     cdef int64_t found
     cdef int error
     if r.body_bytes != sizeof(lseek_request):
@@ -396,8 +396,8 @@ cdef int _copy(request *r, handle *source, handle *destination, const copy_reque
 cdef int op_copy_file_range(request *r) noexcept nogil:
     """COPY_FILE_RANGE: copy_request → count_reply. The data does not leave the server."""
     cdef copy_request *body = <copy_request *>r.body
-    cdef handle *source
-    cdef handle *destination
+    cdef handle *source = NULL
+    cdef handle *destination = NULL
     cdef int error
     if r.body_bytes != sizeof(copy_request):
         return MALFORMED
@@ -452,8 +452,8 @@ cdef int _ioctl(request *r, handle *h, size_t size, bint changes) noexcept nogil
 cdef int op_ioctl(request *r) noexcept nogil:
     """IOCTL: ioctl_request, in data → ioctl_reply, out data. Inode flags and project ids; every other is ENOTTY."""
     cdef ioctl_request *body = <ioctl_request *>r.body
-    cdef handle *h
-    cdef bint changes
+    cdef handle *h = NULL
+    cdef bint changes = False
     cdef int size, error
     if r.body_bytes < sizeof(ioctl_request) or r.body_bytes != sizeof(ioctl_request) + <size_t>body.in_size:
         return MALFORMED

@@ -38,8 +38,8 @@ cdef int _stat_reply(request *r, node *n, int fd) noexcept nogil:
 cdef int op_getattr(request *r) noexcept nogil:
     """GETATTR: getattr_request → attributes_reply."""
     cdef getattr_request *body = <getattr_request *>r.body
-    cdef handle *h
-    cdef node *n
+    cdef handle *h = NULL
+    cdef node *n = NULL
     cdef int error
     if r.body_bytes != sizeof(getattr_request):
         return MALFORMED
@@ -87,7 +87,7 @@ cdef int op_statx(request *r) noexcept nogil:
     cdef statx_request *body = <statx_request *>r.body
     cdef attributes_reply plain
     cdef statx_t st
-    cdef node *n
+    cdef node *n = NULL
     cdef int error
     if r.body_bytes != sizeof(statx_request):
         return MALFORMED
@@ -107,7 +107,7 @@ cdef int op_statx(request *r) noexcept nogil:
 
 cdef int _set_size(request *r, const setattr_request *body, const char *link) noexcept nogil:
     """Through the handle if the caller has the file open (it may be unlinked or read-only by now), else by permission."""
-    cdef handle *h
+    cdef handle *h = NULL
     cdef int error = 0
     if body.valid & SET_KILL_PRIVILEGES and r.who.uid == 0:
         drop_fsetid(r.me)
@@ -164,7 +164,7 @@ cdef int op_setattr(request *r) noexcept nogil:
     """SETATTR: setattr_request → attributes_reply."""
     cdef setattr_request *body = <setattr_request *>r.body
     cdef uint16_t needed = 0
-    cdef node *n
+    cdef node *n = NULL
     cdef int error
     if r.body_bytes != sizeof(setattr_request):
         return MALFORMED
@@ -191,7 +191,7 @@ cdef int op_setattr(request *r) noexcept nogil:
 
 cdef int op_readlink(request *r) noexcept nogil:
     """READLINK: nothing → the target."""
-    cdef node *n
+    cdef node *n = NULL
     cdef ssize_t length
     cdef int error
     if r.body_bytes != 0:
@@ -212,7 +212,7 @@ cdef int op_readlink(request *r) noexcept nogil:
 
 cdef int op_access(request *r) noexcept nogil:
     """ACCESS: access_request → nothing; the caller's ids are those that access(2) checks."""
-    cdef node *n
+    cdef node *n = NULL
     cdef int error
     if r.body_bytes != sizeof(access_request):
         return MALFORMED
@@ -230,7 +230,7 @@ cdef int op_statfs(request *r) noexcept nogil:
     """STATFS: nothing → statfs_reply, of the file system the node lies on."""
     cdef statfs_reply *out = <statfs_reply *>r.reply
     cdef statfs_t fs
-    cdef node *n
+    cdef node *n = NULL
     cdef int error
     if r.body_bytes != 0:
         return MALFORMED
@@ -255,7 +255,7 @@ cdef int op_statfs(request *r) noexcept nogil:
 cdef int op_syncfs(request *r) noexcept nogil:
     """SYNCFS: nothing → nothing; everything of the node's file system is on its disk."""
     cdef char link[32]
-    cdef node *n
+    cdef node *n = NULL
     cdef int fd, error
     if r.body_bytes != 0:
         return MALFORMED
@@ -306,7 +306,7 @@ cdef int op_getxattr(request *r) noexcept nogil:
     cdef char name[MAX_NAME + 1]
     cdef char link[32]
     cdef xattr_request *body = <xattr_request *>r.body
-    cdef node *n
+    cdef node *n = NULL
     cdef int error = _take_xattr_name(r, name)
     if error < 0:
         return error
@@ -340,7 +340,7 @@ cdef int op_listxattr(request *r) noexcept nogil:
     """LISTXATTR: xattr_request without name → names, each with its NUL, or count_reply if size is 0."""
     cdef char link[32]
     cdef xattr_request *body = <xattr_request *>r.body
-    cdef node *n
+    cdef node *n = NULL
     cdef ssize_t length
     cdef int error
     if r.body_bytes != sizeof(xattr_request):
@@ -384,7 +384,7 @@ cdef int op_setxattr(request *r) noexcept nogil:
     cdef char name[MAX_NAME + 1]
     cdef char link[32]
     cdef xattr_request *body = <xattr_request *>r.body
-    cdef node *n
+    cdef node *n = NULL
     cdef int error = _take_xattr_name(r, name)
     if error < 0:
         return error
@@ -406,7 +406,7 @@ cdef int op_removexattr(request *r) noexcept nogil:
     """REMOVEXATTR: xattr_request, name → nothing."""
     cdef char name[MAX_NAME + 1]
     cdef char link[32]
-    cdef node *n
+    cdef node *n = NULL
     cdef int error = _take_xattr_name(r, name)
     if error < 0:
         return error

@@ -181,7 +181,7 @@ cdef int _begin(request *r, handle **h) noexcept nogil:
 
 cdef int op_setlk(request *r) noexcept nogil:
     """SETLK: lock_request → nothing; EAGAIN if somebody else holds it."""
-    cdef handle *h
+    cdef handle *h = NULL
     cdef int error = _begin(r, &h)
     if error < 0:
         return error
@@ -195,7 +195,7 @@ cdef int op_getlk(request *r) noexcept nogil:
     cdef lock_request *body = <lock_request *>r.body
     cdef lock_reply *out = <lock_reply *>r.reply
     cdef flock_t range
-    cdef handle *h
+    cdef handle *h = NULL
     cdef int fd, error = _begin(r, &h)
     if error < 0:
         return error
@@ -261,7 +261,7 @@ cdef bint _queue(wait *w) noexcept nogil:
 cdef int op_setlkw(request *r) noexcept nogil:
     """SETLKW, on the event channel: lock_request → nothing, once the lock is held; EINTR after a CANCEL."""
     cdef wait *w
-    cdef handle *h
+    cdef handle *h = NULL
     cdef int error = _begin(r, &h)
     if error < 0:
         return error

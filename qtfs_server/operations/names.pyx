@@ -28,7 +28,7 @@ cdef enum:
 cdef int op_lookup(request *r) noexcept nogil:
     """LOOKUP: name → entry; one lookup is counted."""
     cdef char name[MAX_NAME + 1]
-    cdef node *parent
+    cdef node *parent = NULL
     cdef int error = take_name(r, 0, r.body_bytes, name)
     if error < 0:
         return error
@@ -92,7 +92,7 @@ cdef int op_mknod(request *r) noexcept nogil:
     """MKNOD: mknod_request, name → entry. Any file type that mknod(2) makes."""
     cdef char name[MAX_NAME + 1]
     cdef mknod_request *body = <mknod_request *>r.body
-    cdef node *parent
+    cdef node *parent = NULL
     cdef uint64_t device
     cdef int error = _begin(r, sizeof(mknod_request), ALLOW_CREATE, name, &parent)
     if error < 0:
@@ -106,7 +106,7 @@ cdef int op_mknod(request *r) noexcept nogil:
 cdef int op_mkdir(request *r) noexcept nogil:
     """MKDIR: mkdir_request, name → entry."""
     cdef char name[MAX_NAME + 1]
-    cdef node *parent
+    cdef node *parent = NULL
     cdef int error = _begin(r, sizeof(mkdir_request), ALLOW_MKDIR, name, &parent)
     if error < 0:
         return error
@@ -120,7 +120,7 @@ cdef int op_symlink(request *r) noexcept nogil:
     cdef char name[MAX_NAME + 1]
     cdef char target[MAX_PATH]
     cdef symlink_request *body = <symlink_request *>r.body
-    cdef node *parent
+    cdef node *parent = NULL
     cdef int error
     if r.body_bytes < sizeof(symlink_request) or \
             r.body_bytes != sizeof(symlink_request) + <size_t>body.name_bytes + body.target_bytes:
@@ -148,8 +148,8 @@ cdef int op_link(request *r) noexcept nogil:
     """LINK: link_request, name → entry of the target."""
     cdef char name[MAX_NAME + 1]
     cdef char source[32]
-    cdef node *parent
-    cdef node *target
+    cdef node *parent = NULL
+    cdef node *target = NULL
     cdef place where
     cdef size_t name_bytes = r.body_bytes - sizeof(link_request)
     cdef int error, result
@@ -179,7 +179,7 @@ cdef int op_link(request *r) noexcept nogil:
 
 cdef int _remove(request *r, uint16_t needed, int flags) noexcept nogil:
     cdef char name[MAX_NAME + 1]
-    cdef node *parent
+    cdef node *parent = NULL
     cdef int error = _begin(r, 0, needed, name, &parent)
     if error < 0:
         return error
@@ -235,8 +235,8 @@ cdef int _rename(request *r, node *old, node *new, rename_names *names) noexcept
 cdef int op_rename(request *r) noexcept nogil:
     """RENAME: rename_request, name, new name → nothing. Flags of renameat2(2)."""
     cdef rename_names names
-    cdef node *old
-    cdef node *new
+    cdef node *old = NULL
+    cdef node *new = NULL
     cdef int error = _take_rename_names(r, &names)
     if error < 0:
         return error

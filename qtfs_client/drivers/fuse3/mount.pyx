@@ -203,7 +203,6 @@ cdef class Mount:
     def wait(self, double timeout_s) -> None:
         """Sleep until a channel breaks, a worker is wanted, or the mount ends."""
         cdef pollfd fds
-        cdef uint64_t count = 0
         cdef int timeout_ms = <int>(timeout_s * 1000) if timeout_s >= 0 else -1
         fds.fd = self.m.manager_fd
         fds.events = POLLIN

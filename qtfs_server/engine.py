@@ -179,7 +179,8 @@ def run(options: EngineOptions, ready: Callable[[list[Address]], None]) -> int:
     with _listening(options.listen, options.run_dir) as sockets, _pid_file(options.pid_file):
         server = Server(key=key, grace_s=options.grace_s, descriptor_limit=limit)
         for address, sock in zip(options.listen, sockets, strict=True):
-            server.listen(sock.fileno(), address.requires_authentication)
+            # Who has a key wants it used. A Unix socket's own mode says who may connect.
+            server.listen(sock.fileno(), key is not None and not isinstance(address, UnixAddress))
         threads = _start_threads(server, options.workers)
         ready([bound_address(sock) for sock in sockets])
         logs.notify("READY=1")

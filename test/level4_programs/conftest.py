@@ -16,6 +16,7 @@ from harness.engine_process import EngineProcess, everything_below
 from harness.leaks import unmount_below
 from level5_commands.commandline import run
 from programs import Shared, mounted_here
+from repositories import make_repository
 
 
 @pytest.fixture(autouse=True)
@@ -81,3 +82,9 @@ def again(engine: EngineProcess, shared: Shared, area: Path, cache: str) -> Iter
     """The same directory, mounted a second time: another client."""
     with mounted_here(shared.there, area, engine.address, cache) as shared:
         yield shared
+
+
+@pytest.fixture(scope="session")
+def origin(disk: Path) -> Path:
+    """A bare repository that is not on a mount."""
+    return make_repository(Path(tempfile.mkdtemp(prefix="git-", dir=disk)))

@@ -17,6 +17,7 @@ from level5_commands.commandline import Outcome, Word, daemons, mounted
 
 from qtfs_common.addresses import Address
 
+Variables = Mapping[str, str] | None
 WORKERS = Path(__file__).with_name("workers.py")
 
 
@@ -56,11 +57,11 @@ def mounted_here(there: Path, area: Path, address: Address, cache: str = "auto",
 
 @contextlib.contextmanager
 def started(
-    words: Sequence[Word], cwd: Path | None, variables: Mapping[str, str], stdin: int = subprocess.DEVNULL
+    words: Sequence[Word], cwd: Path | None = None, variables: Variables = None, stdin: int = subprocess.DEVNULL
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A program that runs beside the test; it and its children are killed at the end if they still run."""
     process = subprocess.Popen(
-        words, cwd=cwd, env=environment(LC_ALL="C", **variables), stdin=stdin, stdout=subprocess.PIPE,
+        words, cwd=cwd, env=environment(LC_ALL="C", **(variables or {})), stdin=stdin, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, start_new_session=True,
     )
     try:
@@ -75,7 +76,9 @@ def started(
                     pipe.close()
 
 
-def attempt(*words: Word, cwd: Path | None = None, timeout_s: float = 60.0, **variables: str) -> Outcome:
+def attempt(
+    *words: Word, cwd: Path | None = None, timeout_s: float = 60.0, variables: Variables = None
+) -> Outcome:
     """Run a program to its end, however it ends; both its outputs are in stdout."""
     with started(words, cwd, variables) as process:
         try:
@@ -86,9 +89,9 @@ def attempt(*words: Word, cwd: Path | None = None, timeout_s: float = 60.0, **va
     return Outcome(process.returncode, output.decode(errors="surrogateescape"), "")
 
 
-def program(*words: Word, cwd: Path | None = None, timeout_s: float = 60.0, **variables: str) -> str:
+def program(*words: Word, cwd: Path | None = None, timeout_s: float = 60.0, variables: Variables = None) -> str:
     """What a program says that must end with 0."""
-    outcome = attempt(*words, cwd=cwd, timeout_s=timeout_s, **variables)
+    outcome = attempt(*words, cwd=cwd, timeout_s=timeout_s, variables=variables)
     assert outcome.status == 0, f"{words} ended with {outcome.status}:\n{outcome.stdout}"
     return outcome.stdout
 
@@ -133,7 +136,7 @@ class Worker:
 @contextlib.contextmanager
 def worker(job: str, *arguments: object) -> Iterator[Worker]:
     """A job that is ready."""
-    with started(worker_words(job, *arguments), None, {}, stdin=subprocess.PIPE) as process:
+    with started(worker_words(job, *arguments), stdin=subprocess.PIPE) as process:
         found = Worker(process)
         assert found.hear() == "ready"
         yield found

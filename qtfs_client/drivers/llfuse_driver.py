@@ -333,7 +333,8 @@ class _Operations(llfuse.Operations):
         if mode is None or caller.uid == 0 or self._cache == "none":
             return False
         attr, _ = self._fs.getattr(node)
-        return attr.uid != caller.uid and 0 < (attr.mode ^ mode) & 0o7777 == attr.mode & ~mode & 0o6000
+        # Nothing changes if sgid stands without execution by the group: the kernel leaves that to the write itself.
+        return attr.uid != caller.uid and (attr.mode ^ mode) & 0o7777 == attr.mode & ~mode & 0o6000
 
     @staticmethod
     def _as_now(wanted: dict[str, Any]) -> dict[str, Any] | None:

@@ -25,6 +25,7 @@ from qtfs_server.nodes cimport node_allowed, node_pin, node_unpin
 from qtfs_server.session cimport handle, node
 
 cdef enum:
+    SET_ANYTHING = SET_MODE | SET_UID | SET_GID | SET_SIZE | SET_ATIME | SET_MTIME
     USE_HANDLE = 1                  # getattr_request.flags, statx_request.flags
 
 
@@ -146,6 +147,10 @@ cdef int _apply(request *r, node *n, const setattr_request *body) noexcept nogil
         error = _set_size(r, body, link)
         if error < 0:
             return error
+    if not body.valid & SET_ANYTHING:
+        # So arrives a chown(2) without owners, which takes suid away, and what a kernel asks before the write of somebody
+        # who may not do that: the write itself will.
+        return -errno if fchownat(n.fd, b"", <uint32_t>-1, <uint32_t>-1, AT_EMPTY_PATH) < 0 and errno != EPERM else 0
     if body.valid & (SET_UID | SET_GID):
         if fchownat(n.fd, b"", body.uid if body.valid & SET_UID else <uint32_t>-1,
                     body.gid if body.valid & SET_GID else <uint32_t>-1, AT_EMPTY_PATH) < 0:

@@ -293,6 +293,15 @@ def test_a_change_of_owner_takes_them_away(session: Session, suid: Path) -> None
     assert stat.S_IMODE(suid.stat().st_mode) == 0o777
 
 
+def test_a_change_of_nothing_is_a_chown_without_owners(session: Session, suid: Path) -> None:
+    """Kernels also send it before a write of somebody else, which it must not fail."""
+    node = session.lookup(ROOT, b"suid").node
+    assert session.setattr(node, who=BOB).mode == stat.S_IFREG | 0o6777
+    os.utime(suid, (1, 1))
+    assert session.setattr(node, who=ALICE).mode == stat.S_IFREG | 0o777
+    assert suid.stat().st_mtime == 1
+
+
 def test_a_chmod_by_who_is_not_in_the_group_drops_sgid(session: Session, suid: Path) -> None:
     os.chown(suid, 1001, 9999)
     node = session.lookup(ROOT, b"suid").node

@@ -1,0 +1,111 @@
+"""A qtfs mount for tests: `mount.qtfs` in the foreground, so that its log and its exit status can be judged.
+
+    with MountProcess(engine, source, point, "driver=fuse3,cache=none").running() as mount:
+        os.listdir(mount.point)
+
+It is ready when the mount answers. It ends by umount(8), or lazily if that fails, and must then have exited with 0 and
+have logged no error. Whatever happens in between, nothing is left mounted and no process stays.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from harness.engine_process import CHECKOUT, EngineProcess
+from harness.leaks import environment, mounts_below
+from harness.waiting import wait_until
+
+START_TIMEOUT_S = 20.0
+STOP_TIMEOUT_S = 20.0
+_BAD_LINE = re.compile(r"ERROR|CRITICAL|Traceback|Fatal Python error|AddressSanitizer|Unraisable|Exception ignored")
+
+
+class MountProcess:
+    """`source` of an engine's machine mounted at `point`."""
+
+    def __init__(self, engine: EngineProcess, source: Path, point: Path, options: str = "") -> None:
+        self.engine = engine
+        self.source = source
+        self.point = point
+        self.options = ",".join(filter(None, (f"server={engine.address}", "foreground", options)))
+        self.log_path = point.with_name(point.name + ".log")
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[MountProcess]:
+        """Mounted; unmounted and judged at the end, or taken away if the body fails."""
+        try:
+            self.start()
+            yield self
+        except BaseException:
+            self.take_away()
+            raise
+        self.stop()
+        self.check_log()
+
+    def start(self) -> None:
+        self.point.mkdir(exist_ok=True)
+        command = [sys.executable, "-m", "qtfs_client.cli", str(self.source), str(self.point), "-o", self.options]
+        with self.log_path.open("ab") as log:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment(PYTHONPATH=str(CHECKOUT))
+            )
+
+        def ready() -> bool:
+            assert self.process is not None
+            assert self.process.poll() is None, f"mount.qtfs ended:\n{self.log()}"
+            return str(self.point) in mounts_below(str(self.point))
+
+        wait_until(ready, "the mount", START_TIMEOUT_S)
+        os.stat(self.point)
+
+    def stop(self) -> None:
+        """Unmount; the daemon must end with status 0. Harmless if it is not mounted."""
+        if self.process is None:
+            return
+        done = subprocess.run(["umount", self.point], capture_output=True, text=True, check=False)
+        try:
+            status = self.process.wait(STOP_TIMEOUT_S if done.returncode == 0 else 0.1)
+        except subprocess.TimeoutExpired:
+            self.take_away()
+            raise AssertionError(f"the mount did not end: {done.stderr}\n{self.log()}") from None
+        self.process = None
+        assert done.returncode == 0, f"umount: {done.stderr}"
+        assert status == 0, f"mount.qtfs ended with {status}\n{self.log()}"
+
+    def take_away(self) -> None:
+        """End it by whatever means. Harmless if it is not mounted."""
+        subprocess.run(["umount", "-l", self.point], capture_output=True, check=False)
+        if self.process is not None:
+            try:
+                self.process.wait(2)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+            self.process = None
+
+    def kill(self) -> None:
+        """SIGKILL to the daemon; the dead mount stays."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+    @property
+    def pid(self) -> int:
+        assert self.process is not None
+        return self.process.pid
+
+    def log(self) -> str:
+        return self.log_path.read_text(errors="replace")
+
+    def check_log(self) -> None:
+        """No error, no traceback."""
+        lines = [line for line in self.log().splitlines() if _BAD_LINE.search(line)]
+        assert not lines, f"mount.qtfs logged:\n{self.log()}"

@@ -1,0 +1,37 @@
+"""How mounts are made, and the directories a test gets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness.engine_process import TRANSPORTS, EngineProcess
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a mount is made."""
+
+    driver: str
+    transport: str
+    cache: str
+
+    def __str__(self) -> str:
+        return f"{self.driver}-{self.transport}-{self.cache}"
+
+
+KINDS = [
+    *(Kind("fuse3", transport, cache) for transport in TRANSPORTS for cache in ("auto", "none")),
+    *(Kind("llfuse", transport, "auto") for transport in TRANSPORTS),
+]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A directory seen through a mount (`there`) and on the server (`here`); an ordinary one beside it (`local`)."""
+
+    kind: Kind
+    engine: EngineProcess
+    there: Path
+    here: Path
+    local: Path

@@ -257,7 +257,8 @@ cdef int park(channel *ch) noexcept nogil:
             free(copy)
             return -ENOMEM
         memcpy(output, ch.unsent[0], ch.unsent_bytes[0])
-        memcpy(output + ch.unsent_bytes[0], ch.unsent[1], ch.unsent_bytes[1])
+        if ch.unsent_bytes[1] > 0:      # the payload is NULL if there is none
+            memcpy(output + ch.unsent_bytes[0], ch.unsent[1], ch.unsent_bytes[1])
         ch.kept_output = output
         ch.unsent[0] = output
         ch.unsent_bytes[0] = unsent

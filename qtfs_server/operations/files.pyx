@@ -20,7 +20,8 @@ from qtfs_server.request cimport MALFORMED, as_caller, request, take_name
 from qtfs_server.attributes cimport lies_on_pseudo, signature, stat_fd
 from qtfs_server.descriptors cimport proc_path
 from qtfs_server.handles cimport handle_end, handle_new, handle_pin, handle_unpin
-from qtfs_server.nodes cimport child_allowed, node_allowed, node_enter, node_enter_fd, node_pin, node_unpin
+from qtfs_server.nodes cimport child_allowed, node_allowed, node_enter, node_enter_fd, node_forget, node_pin, \
+    node_unpin
 from qtfs_server.session cimport HANDLE_WRITABLE, handle, node, session
 
 cdef extern from "<unistd.h>" nogil:
@@ -166,7 +167,7 @@ cdef int _open_existing(request *r, node *parent, const char *name, size_t name_
     else:
         error = _open_node(r, n, body.flags, body.kill, &out.opened)
     if error < 0:
-        n.lookups -= 1              # the client is never told of it
+        node_forget(r.s, out.made.node, 1)      # the client is never told of it
     node_unpin(r.s, n)
     r.reply_bytes = sizeof(create_reply)
     return error

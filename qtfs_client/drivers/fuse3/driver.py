@@ -18,7 +18,7 @@ from qtfs_client.drivers import mount_options
 from qtfs_client.drivers.fuse3.mount import EVENT_LINE, Mount
 from qtfs_client.drivers.mounting import FuseMount
 from qtfs_client.options import DEFAULT_MAX_READ, MountOptions
-from qtfs_common.errors import ConnectError
+from qtfs_common.errors import ConnectError, QtfsError
 from qtfs_common.protocol import EVENT, OPERATIONS
 from qtfs_common.transport import Connection
 
@@ -100,14 +100,21 @@ class Fuse3Driver:
         self._mount = None
 
     def _detach(self) -> None:
-        """DETACH, over the event channel, which nobody uses any more; without it the engine waits for us to return."""
-        unused = self._first
-        connection = unused or (self._mount.detached_event_channel() if self._mount is not None else None)
-        if connection is not None:
-            message = encode(OPERATIONS["DETACH"], slot=EVENT if unused is None else 0)
-            with contextlib.suppress(OSError, TimeoutError):
-                connection.send(message, _DETACH_S)
+        """DETACH; without it the engine waits for us to return."""
+        with contextlib.suppress(OSError, QtfsError):
+            connection, slot = self._idle_channel()
+            if connection is not None:
+                connection.send(encode(OPERATIONS["DETACH"], slot=slot), _DETACH_S)
                 connection.receive(_DETACH_S)
+
+    def _idle_channel(self) -> tuple[Connection | None, int]:
+        """A channel that nobody uses any more, and its slot. A mount may end before it has an event channel."""
+        if self._first is not None:
+            return self._first, 0
+        events = self._mount.detached_event_channel() if self._mount is not None else None
+        if events is not None or self._lost_since is not None:
+            return events, EVENT
+        return self._engine.attach(self._ticket, 0)[0], 0
 
     # ------------------------------------------------------------------------------------------------------- manager
 

@@ -9,7 +9,7 @@ from libc.string cimport memset
 from qtfs_client.drivers.fuse3.callers cimport caller_opens
 from qtfs_client.drivers.fuse3.device cimport reply, reply_error
 from qtfs_client.drivers.fuse3.events cimport wait_for_lock
-from qtfs_client.drivers.fuse3.exchange cimport ask, ask_for_ourselves
+from qtfs_client.drivers.fuse3.exchange cimport ask, ask_for_ourselves, hand_over
 from qtfs_client.drivers.fuse3.interrupts cimport interrupt
 from qtfs_client.drivers.fuse3.replies cimport note_undo, queue_forget, reply_handler
 from qtfs_client.drivers.fuse3.requests cimport build_forgets, build_special_access, build_undo_release, \
@@ -149,11 +149,13 @@ cdef void _note_lock(worker *w) noexcept nogil:
         store_int(&w.mount.posix_locks, 1)
 
 
-cdef bint _releases_ended(mount_state *m) noexcept nogil:
+cdef bint _releases_ended(worker *w) noexcept nogil:
     """Wait a moment for the RELEASEs under way; True if there were some and they ended."""
+    cdef mount_state *m = w.mount
     cdef int polls = 0
     if load_int(&m.releases) == 0:
         return False
+    hand_over(w)
     while load_int(&m.releases) > 0 and polls < RELEASE_POLLS:
         usleep(RELEASE_POLL_US)
         polls += 1
@@ -167,7 +169,7 @@ cdef void _serve_setlk(worker *w) noexcept nogil:
     _note_lock(w)
     status = _ask(w, &given)
     if status == 1 and not w.answered and given.head.error == EAGAIN and \
-            (<fuse_lk_in *>w.argument).lk_flags & FUSE_LK_FLOCK and _releases_ended(w.mount):
+            (<fuse_lk_in *>w.argument).lk_flags & FUSE_LK_FLOCK and _releases_ended(w):
         status = _ask(w, &given)
     _conclude(w, status, &given)
 

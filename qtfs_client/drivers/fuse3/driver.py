@@ -66,6 +66,7 @@ class Fuse3Driver:
             cache=options.cache,
             channels=min(options.channels, self._ticket.slots),
             timeout_s=options.timeout_s,
+            neighbour=self._engine.address.is_loopback,
             owner=os.getuid() if options.allow_root else None,
         )
         self._mount.negotiate()

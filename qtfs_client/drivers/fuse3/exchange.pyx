@@ -19,7 +19,7 @@ from qtfs_client.drivers.fuse3.device cimport reply_error
 from qtfs_client.drivers.fuse3.state cimport LINK_LOST, LINK_READY, LINK_UP, PHASE_BUILD, PHASE_SEND, PHASE_SENT, \
     builder, line, mount_state, worker
 from qtfs_client.includes.linux cimport POLLIN, eventfd_read, eventfd_write, load_i64, load_int, load_u64, poll, pollfd, \
-    pread, store_int
+    pread, pthread_mutex_lock, pthread_mutex_unlock, store_int
 from qtfs_common.protocol cimport MESSAGE_REPLY
 from qtfs_common.transport cimport WAIT_READABLE, WAIT_WOKEN, WAIT_WRITABLE, message, now_us
 
@@ -27,6 +27,7 @@ cdef enum:
     SLICE_US = 1000000              # longest sleep between two looks at interrupts and timeouts
     CAUGHT_SIGNAL_US = 2000000      # how long a caller that caught a signal still waits for success
     MAX_ATTEMPTS = 8                # of one request, over connections that break one after the other
+    PATIENCE_US = 40                # how long the next request may have to wait for us before somebody else takes it
     SPIN_CREDIT = 8                 # spins that may fail in a row before they are taken for useless
     SPIN_RETRY = 64                 # requests until a useless spin is tried again
     DIGIT_ZERO = 48
@@ -43,6 +44,45 @@ cdef void lose(int manager_fd, line *link) noexcept nogil:
     """Give up a broken channel: the manager takes it from here."""
     store_int(&link.link, LINK_LOST)
     eventfd_write(manager_fd, 1)
+
+
+# ---- who reads the device meanwhile ----------------------------------------------------------------------------------
+
+cdef void wake_another_locked(mount_state *m) noexcept nogil:
+    """See that somebody reads the device: a parked worker, a new one, or the event thread."""
+    cdef worker *w = m.parked
+    if m.idle + m.coming > 0:
+        return
+    if w != NULL:
+        m.parked = w.next_parked
+        w.parked = False
+        m.coming += 1
+        eventfd_write(w.link.wake_fd, 1)
+        return
+    if m.worker_count < m.worker_limit and not m.starting:
+        m.starting = True
+        eventfd_write(m.manager_fd, 1)
+    if not m.saturated:
+        m.saturated = True
+        eventfd_write(m.event_fd, 1)
+
+
+cdef void hand_over(worker *w) noexcept nogil:
+    """We are not back soon: if nobody has read the device since we did, somebody else has to."""
+    if not w.owes:
+        return
+    w.owes = False
+    pthread_mutex_lock(&w.mount.guard)
+    wake_another_locked(w.mount)
+    pthread_mutex_unlock(&w.mount.guard)
+
+
+cdef bint is_quiet(int device) noexcept nogil:
+    """Whether the kernel asks for nothing at this moment."""
+    cdef pollfd fds
+    fds.fd = device
+    fds.events = POLLIN
+    return poll(&fds, 1, 0) == 0
 
 
 # ---- sending and receiving -------------------------------------------------------------------------------------------
@@ -79,10 +119,17 @@ cdef int _receive(worker *w, message *reply) noexcept nogil:
 
 cdef int _spin(worker *w, message *reply) noexcept nogil:
     """Look for the reply without sleeping, for at most spin_us: 1 or 0 as _receive."""
-    cdef int64_t until = now_us() + w.mount.spin_us
+    cdef int64_t now = now_us()
+    cdef int64_t until = now + w.mount.spin_us
+    cdef int64_t look = now + PATIENCE_US
     cdef int found = _receive(w, reply)
-    while found == 0 and load_int(&w.link.link) == LINK_UP and now_us() < until:
+    while found == 0 and load_int(&w.link.link) == LINK_UP and now < until:
         found = _receive(w, reply)
+        now = now_us()
+        if found == 0 and w.owes and now > look:
+            look = now + PATIENCE_US // 4
+            if not is_quiet(w.mount.device):
+                hand_over(w)
     if found:
         w.spin_credit = min(w.spin_credit + 1, SPIN_CREDIT)
     else:
@@ -91,7 +138,10 @@ cdef int _spin(worker *w, message *reply) noexcept nogil:
 
 
 cdef void _sample_load(mount_state *m) noexcept nogil:
-    """Note whether threads wait for a processor: the fourth field of /proc/loadavg, proc_loadavg(5)."""
+    """Note whether threads wait for a processor: the fourth field of /proc/loadavg, proc_loadavg(5).
+
+    An engine on this machine looks for our next request while we look for its reply.
+    """
     cdef char text[64]
     cdef ssize_t got = pread(m.loadavg_fd, text, sizeof(text) - 1, 0)
     cdef int spaces = 0, runnable = 0
@@ -103,7 +153,7 @@ cdef void _sample_load(mount_state *m) noexcept nogil:
             break
         elif spaces == 3:
             runnable = runnable * 10 + text[i] - DIGIT_ZERO
-    store_int(&m.crowded, runnable > m.cpus)
+    store_int(&m.crowded, runnable > m.cpus + m.neighbour)
 
 
 cdef bint _spin_pays(worker *w) noexcept nogil:
@@ -200,6 +250,7 @@ cdef int _wait(worker *w) noexcept nogil:
     """Sleep until something happens. 0; -ENODEV: the mount ends; -EIO: the server is out of reach."""
     cdef int64_t now = now_us()
     cdef int seen
+    hand_over(w)
     if load_int(&w.mount.stopping):
         return -ENODEV
     _see_to_interrupt(w, now)

@@ -68,8 +68,11 @@ cdef class Mount:
         pthread_mutex_init(&self.m.guard, NULL)
 
     def __init__(self, int device, *, str cache="auto", int channels=16, double timeout_s=30.0, int spin_us=200,
-                 owner: int | None = None):
-        """Take over a mounted /dev/fuse descriptor. `owner`: the only user besides root who is let in."""
+                 bint neighbour=False, owner: int | None = None):
+        """Take over a mounted /dev/fuse descriptor.
+
+        `neighbour`: the engine runs on this machine. `owner`: the only user besides root who is let in.
+        """
         self.connections = {}
         self.m.device = device
         self.m.cache = _CACHES[cache]
@@ -79,6 +82,7 @@ cdef class Mount:
         self.m.timeout_us = <int64_t>(timeout_s * 1e6)
         self.m.spin_us = spin_us
         self.m.cpus = len(os.sched_getaffinity(0))
+        self.m.neighbour = neighbour
         self.m.deny_others = owner is not None
         self.m.owner = owner or 0
         self.m.heard_us = now_us()

@@ -18,7 +18,8 @@ from qtfs_common.protocol cimport MAX_SLOTS, forget_item, lock_request
 from qtfs_common.transport cimport channel, message
 
 cdef enum:
-    MAX_IDLE = 2                    # workers that wait in read(/dev/fuse); the others park
+    MAX_IDLE = 1                    # workers that wait in read(/dev/fuse); the others park
+    BACKLOG = 8                     # requests found waiting one after the other: one worker is not enough
     REQUEST_PAYLOAD = 1 << 20       # largest WRITE and READ that INIT offers
     BUFFER_BYTES = REQUEST_PAYLOAD + 8192
     PENDING_REQUESTS = 4096         # set aside while all workers are busy
@@ -104,6 +105,8 @@ cdef struct worker:
     uint64_t undo_handle            # what build_undo_release sends
     bint undo_directory
     int32_t breaks_seen             # mount_state.breaks when the channel was last found whole
+    bint owes                       # nobody has read the device since it took its request
+    int backlog                     # how many requests in a row were there before it asked for one
     # spinning
     int spin_credit
     uint32_t spin_count
@@ -140,6 +143,7 @@ cdef struct mount_state:
     int64_t timeout_us              # 0: wait for ever
     int64_t spin_us
     int32_t cpus
+    int32_t neighbour               # 1: the engine runs on this machine
     int loadavg_fd
     int event_fd                    # wakes the event thread
     int manager_fd                  # wakes the manager

@@ -1,20 +1,26 @@
 """The workers' loop: who reads the device, who parks, and who is woken.
 
-At most MAX_IDLE workers wait in read(/dev/fuse), so that a request finds one awake without waking a crowd; the others
-park, and the one that parked last (its cache is warmest) is woken first, when the last idle one takes a request.
+One worker waits in read(/dev/fuse). Most replies come while it still looks for them, so it reads the next request itself,
+and the engine's worker at the other end of its channel stays awake too. It *owes* the mount a reader meanwhile, and wakes
+another one when it is going to sleep, when its reply is late, or when requests pile up. The worker that parked last (its
+cache is warmest) is woken first.
 """
 from libc.errno cimport EAGAIN, EINTR, EIO, ENODEV, ENOENT, errno
-from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free
 from libc.string cimport memcpy
 
 from qtfs_client.drivers.fuse3.dispatch cimport send_forgets, serve
-from qtfs_client.drivers.fuse3.exchange cimport drain
-from qtfs_client.drivers.fuse3.state cimport BUFFER_BYTES, FORGETS_AT_ONCE, LINK_UP, MAX_IDLE, mount_state, \
+from qtfs_client.drivers.fuse3.exchange cimport drain, is_quiet, wake_another_locked
+from qtfs_client.drivers.fuse3.state cimport BACKLOG, BUFFER_BYTES, FORGETS_AT_ONCE, LINK_UP, MAX_IDLE, mount_state, \
     pending_request, worker
 from qtfs_client.includes.fuse_abi cimport fuse_in_header
-from qtfs_client.includes.linux cimport POLLIN, eventfd_write, load_int, poll, pollfd, pthread_mutex_lock, \
+from qtfs_client.includes.linux cimport POLLIN, load_int, eventfd_write, poll, pollfd, pthread_mutex_lock, \
     pthread_mutex_unlock, read, store_int, store_u64
+from qtfs_common.transport cimport now_us
+
+cdef enum:
+    WAS_THERE_US = 5                # a read that takes less found a request waiting
 
 cdef enum turn:                     # what a worker does next
     TURN_READ                       # read the device
@@ -23,25 +29,6 @@ cdef enum turn:                     # what a worker does next
 
 
 # ---- whose turn it is ------------------------------------------------------------------------------------------------
-
-cdef void _wake_another_locked(mount_state *m) noexcept nogil:
-    """The last idle worker has taken a request: see that somebody reads the next."""
-    cdef worker *w = m.parked
-    if m.idle + m.coming > 0:
-        return
-    if w != NULL:
-        m.parked = w.next_parked
-        w.parked = False
-        m.coming += 1
-        eventfd_write(w.link.wake_fd, 1)
-        return
-    if m.worker_count < m.worker_limit and not m.starting:
-        m.starting = True
-        eventfd_write(m.manager_fd, 1)
-    if not m.saturated:
-        m.saturated = True
-        eventfd_write(m.event_fd, 1)
-
 
 cdef void _take_pending_locked(worker *w) noexcept nogil:
     """Move the oldest request that was set aside into the worker's buffer."""
@@ -65,7 +52,7 @@ cdef turn _next_turn(worker *w) noexcept nogil:
     pthread_mutex_lock(&m.guard)
     if m.pending != NULL:
         _take_pending_locked(w)
-        _wake_another_locked(m)
+        wake_another_locked(m)
         next_turn = TURN_PENDING
     elif m.idle >= MAX_IDLE:
         w.next_parked = m.parked
@@ -74,6 +61,7 @@ cdef turn _next_turn(worker *w) noexcept nogil:
         next_turn = TURN_PARK
     else:
         m.idle += 1
+        w.owes = False
     pthread_mutex_unlock(&m.guard)
     return next_turn
 
@@ -111,32 +99,30 @@ cdef void _park(worker *w) noexcept nogil:
 cdef ssize_t _read(worker *w) noexcept nogil:
     """Read the device, as one of its idle readers. The size, 0 to try again, or -errno."""
     cdef mount_state *m = w.mount
+    cdef int64_t asked_us = now_us()
     cdef ssize_t got = read(m.device, w.buffer, BUFFER_BYTES)
     cdef int error = errno if got < 0 else 0
+    w.backlog = w.backlog + 1 if now_us() - asked_us < WAS_THERE_US else 0
     pthread_mutex_lock(&m.guard)
     m.idle -= 1
     if got > 0:
         w.device = m.device
         store_u64(&w.current, w.request.unique)
-        _wake_another_locked(m)
+        w.owes = m.idle + m.coming == 0
+        if w.owes and w.backlog >= BACKLOG:
+            w.backlog = 0
+            w.owes = False
+            wake_another_locked(m)
     pthread_mutex_unlock(&m.guard)
     # ENOENT: the request was interrupted before we had it.
     return got if error == 0 else 0 if error in (EINTR, EAGAIN, ENOENT) else -error
-
-
-cdef bint _is_quiet(int device) noexcept nogil:
-    """Whether the kernel asks for nothing at this moment."""
-    cdef pollfd fds
-    fds.fd = device
-    fds.events = POLLIN
-    return poll(&fds, 1, 0) == 0
 
 
 cdef void _see_to_forgets(worker *w) noexcept nogil:
     """Forgets are sent when there is nothing better to do, or a message full of them."""
     cdef mount_state *m = w.mount
     while m.forget_count > 0 and load_int(&w.link.link) == LINK_UP and \
-            (m.forget_count >= FORGETS_AT_ONCE or _is_quiet(m.device)):
+            (m.forget_count >= FORGETS_AT_ONCE or is_quiet(m.device)):
         send_forgets(w)
 
 

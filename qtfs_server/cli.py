@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--listen", action="append", metavar="ADDRESS", help="serve clients here; may be repeated")
     parser.add_argument("--port", metavar="N", help=f"data port where an address names none ({DEFAULT_PORT})")
     parser.add_argument("--whitelist", metavar="FILE", help=f"what clients may do (default {DEFAULT_PATH})")
-    parser.add_argument("--key-file", metavar="FILE", help="key that clients must know; mandatory for TCP other than loopback")
+    parser.add_argument("--key-file", metavar="FILE", help="key that clients must know; needed for TCP beyond loopback")
     parser.add_argument("--log-level", metavar="LEVEL", help="NONE, ERROR, WARN, INFO or DEBUG (default WARN)")
     parser.add_argument("--config", metavar="FILE", help="TOML file with the same settings; options override it")
     parser.add_argument("--pid-file", metavar="FILE", help="write the process id here")

@@ -239,6 +239,8 @@ cdef packed struct link_request:    # the new name follows; caller.node is the d
 
 cdef enum:                          # open_request.kill, write_request.flags, release_request.flags
     KILL_PRIVILEGES = 1             # OPEN, CREATE, WRITE: as SET_KILL_PRIVILEGES
+    WRITE_APPEND = 2                # WRITE: at the end of the file, whatever the handle was opened with
+    WRITE_AT_OFFSET = 4             # WRITE: at the offset, even if the handle was opened with O_APPEND
     RELEASE_FLOCK = 1               # RELEASE: drop this handle's flock(2) lock
 
 cdef packed struct open_request:    # OPEN, OPENDIR; flags = O_* of asm-generic/fcntl.h

@@ -42,6 +42,7 @@ cdef enum:                          # handle.flags
     HANDLE_WRITABLE = 2
     HANDLE_ENDED = 4                # released; closed when its last pin goes
     HANDLE_DIRECTORY = 8
+    HANDLE_APPEND = 16              # writes go to the end unless they say otherwise
 
 cdef struct handle:
     int32_t fd

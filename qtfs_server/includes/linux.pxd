@@ -21,6 +21,7 @@ cdef extern from "<fcntl.h>" nogil:
         AT_EACCESS
         AT_NO_AUTOMOUNT
         O_ACCMODE
+        F_SETFL
         O_APPEND
         O_CLOEXEC
         O_CREAT
@@ -116,6 +117,14 @@ cdef extern from "<sys/stat.h>" nogil:
 
 cdef extern from "<sys/sysmacros.h>" nogil:
     uint64_t makedev(unsigned int, unsigned int)
+
+cdef extern from "<sys/uio.h>" nogil:
+    enum:
+        RWF_APPEND
+    struct iovec:
+        void *iov_base
+        size_t iov_len
+    ssize_t pwritev2(int, const iovec *, int, int64_t, int)
 
 cdef extern from "<unistd.h>" nogil:
     int close(int)

@@ -7,13 +7,14 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
 from qtfs_common.protocol cimport KILL_PRIVILEGES, MAX_NAME, MAX_PAYLOAD, OPENED_CHANGED, OPENED_UNCACHED, RELEASE_FLOCK, \
-    copy_request, count_reply, create_reply, create_request, entry, fallocate_request, fsync_request, ioctl_reply, \
-    ioctl_request, lseek_reply, lseek_request, open_reply, open_request, read_request, release_request, write_request
+    WRITE_APPEND, WRITE_AT_OFFSET, copy_request, count_reply, create_reply, create_request, entry, fallocate_request, \
+    fsync_request, ioctl_reply, ioctl_request, lseek_reply, lseek_request, open_reply, open_request, read_request, \
+    release_request, write_request
 from qtfs_server.identity cimport act_as, act_as_root, drop_fsetid
-from qtfs_server.includes.linux cimport AT_EACCESS, AT_EMPTY_PATH, AT_FDCWD, O_ACCMODE, O_APPEND, O_CLOEXEC, O_CREAT, \
-    O_DSYNC, O_EXCL, O_NOATIME, O_NOCTTY, O_NOFOLLOW, O_NONBLOCK, O_PATH, O_RDONLY, O_SYNC, O_TMPFILE, O_TRUNC, \
-    S_IFDIR, S_IFLNK, S_IFREG, SYS_faccessat2, close, copy_file_range, dup, fallocate, fdatasync, fsync, ioctl, \
-    lseek, openat, pread, pwrite, statx_t, syscall, umask
+from qtfs_server.includes.linux cimport AT_EACCESS, AT_EMPTY_PATH, AT_FDCWD, F_SETFL, O_ACCMODE, O_APPEND, O_CLOEXEC, \
+    O_CREAT, O_DSYNC, O_EXCL, O_NOATIME, O_NOCTTY, O_NOFOLLOW, O_NONBLOCK, O_PATH, O_RDONLY, O_SYNC, O_TMPFILE, O_TRUNC, \
+    RWF_APPEND, S_IFDIR, S_IFLNK, S_IFREG, SYS_faccessat2, close, copy_file_range, dup, fallocate, fcntl, fdatasync, \
+    fsync, ioctl, iovec, lseek, openat, pread, pwrite, pwritev2, statx_t, syscall, umask
 from qtfs_server.operations.locks cimport drop_locks, lock_given_back
 from qtfs_server.policy cimport ALLOW_CREATE, ALLOW_OPEN, ALLOW_READ, ALLOW_SETATTR, ALLOW_WRITE, place
 from qtfs_server.request cimport MALFORMED, as_caller, request, take_name
@@ -22,7 +23,7 @@ from qtfs_server.descriptors cimport proc_path
 from qtfs_server.handles cimport handle_end, handle_new, handle_pin, handle_unpin
 from qtfs_server.nodes cimport child_allowed, node_allowed, node_enter, node_enter_fd, node_forget, node_pin, \
     node_unpin
-from qtfs_server.session cimport HANDLE_WRITABLE, handle, node, session
+from qtfs_server.session cimport HANDLE_APPEND, HANDLE_WRITABLE, handle, node, session
 
 cdef extern from "<unistd.h>" nogil:
     enum:
@@ -57,6 +58,10 @@ cdef bint _writes(uint32_t flags) noexcept nogil:
     return (flags & O_ACCMODE) != O_RDONLY or (flags & O_TRUNC) != 0
 
 
+cdef uint32_t _handle_flags(uint32_t flags) noexcept nogil:
+    return (HANDLE_WRITABLE if (flags & O_ACCMODE) != O_RDONLY else 0) | (HANDLE_APPEND if flags & O_APPEND else 0)
+
+
 cdef int _grant(request *r, node *n, int fd, uint32_t flags, open_reply *out) noexcept nogil:
     """Make the handle of an opened file, which is taken over. 0 or -errno."""
     cdef statx_t st
@@ -68,7 +73,11 @@ cdef int _grant(request *r, node *n, int fd, uint32_t flags, open_reply *out) no
     out.flags = OPENED_UNCACHED if flags & O_APPEND or lies_on_pseudo(r.s, n) else 0
     if n.seen != signature(&st):
         out.flags |= OPENED_CHANGED
-    error = handle_new(r.s, n, fd, HANDLE_WRITABLE if (flags & O_ACCMODE) != O_RDONLY else 0, &id)
+    if flags & O_APPEND:
+        # Each WRITE says where it goes: pages of a mapping belong where they are, through this handle too. Files with
+        # chattr +a insist on the flag, and keep it.
+        fcntl(fd, F_SETFL, <int>(flags & (PASSED_FLAGS & ~(O_ACCMODE | O_APPEND))))
+    error = handle_new(r.s, n, fd, _handle_flags(flags), &id)
     out.handle = id
     out.reserved = 0
     return error
@@ -268,8 +277,18 @@ cdef void _as_writer(request *r, uint32_t kill) noexcept nogil:
         drop_fsetid(r.me)
 
 
+cdef ssize_t _write(const handle *h, uint8_t *data, const write_request *body) noexcept nogil:
+    """write(2) at the offset or, atomically, at the end of the file, wherever that is by now. As pwrite(2)."""
+    cdef iovec part
+    if not body.flags & WRITE_APPEND and (not h.flags & HANDLE_APPEND or body.flags & WRITE_AT_OFFSET):
+        return pwrite(h.fd, data, body.size, body.offset)
+    part.iov_base = data
+    part.iov_len = body.size
+    return pwritev2(h.fd, &part, 1, 0, RWF_APPEND)
+
+
 cdef int op_write(request *r) noexcept nogil:
-    """WRITE: write_request, data → count_reply. With O_APPEND at the end of the file, wherever that is by now."""
+    """WRITE: write_request, data → count_reply."""
     cdef write_request *body = <write_request *>r.body
     cdef handle *h = NULL
     cdef ssize_t done
@@ -282,7 +301,7 @@ cdef int op_write(request *r) noexcept nogil:
     error = node_allowed(h.node, h.fd, ALLOW_WRITE)
     if error == 0:
         _as_writer(r, body.flags)
-        done = pwrite(h.fd, r.body + sizeof(write_request), body.size, body.offset)
+        done = _write(h, r.body + sizeof(write_request), body)
         error = -errno if done < 0 else 0
         (<count_reply *>r.reply).count = max(done, 0)
         r.reply_bytes = sizeof(count_reply)

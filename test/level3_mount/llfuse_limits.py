@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import mmap
 import os
 import stat
 from collections.abc import Callable
@@ -44,6 +45,14 @@ def _files_seem_to_have_no_holes(place: Place) -> None:
         return [outcome(os.lseek, fd, at, how) for at in (0, 5000, 1 << 20) for how in (os.SEEK_DATA, os.SEEK_HOLE)]
 
     assert _there(place, run) == [0, 1 << 20, 5000, 1 << 20, "ENXIO", "ENXIO"]
+
+
+def _append_files_cannot_be_mapped(place: Place) -> None:
+    def run() -> Any:
+        os.close(fill("f", b"." * 4096))
+        return outcome(lambda: mmap.mmap(os.open("f", os.O_RDWR | os.O_APPEND), 4096).close())
+
+    assert _there(place, run) == "ENODEV"
 
 
 def _nothing_is_allocated(place: Place) -> None:
@@ -104,6 +113,7 @@ def _a_default_list_does_not_lift_the_umask(place: Place) -> None:
 INSTEAD: dict[str, Callable[[Place], None]] = {
     "rename_flags": _rename_knows_no_flags,
     "temporary_files_without_a_name": _no_file_without_a_name,
+    "appending_does_not_concern_mappings": _append_files_cannot_be_mapped,
     "holes": _files_seem_to_have_no_holes,
     "allocation_in_all_modes": _nothing_is_allocated,
     "inode_flags": _there_are_no_ioctls,

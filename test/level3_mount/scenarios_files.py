@@ -202,6 +202,25 @@ def append_is_at_the_end_whoever_writes() -> Any:
     return content("f"), os.lseek(two, 0, os.SEEK_CUR), os.pwrite(two, b"tail", 0), os.pread(two, 3, 0), content("f")
 
 
+def appending_can_be_switched_on() -> Any:
+    fd = fill("f")
+    os.lseek(fd, 0, os.SEEK_SET)
+    fcntl.fcntl(fd, fcntl.F_SETFL, os.O_APPEND)
+    return os.write(fd, b"end"), content("f")
+
+
+def appending_does_not_concern_mappings() -> Any:
+    os.close(fill("f", b"." * 4096))
+    fd = os.open("f", os.O_RDWR | os.O_APPEND)
+    with mmap.mmap(fd, 4096) as mapping:
+        mapping[10:15] = b"hello"
+        mapping.flush()
+    os.write(fd, b"end")
+    fcntl.fcntl(fd, fcntl.F_SETFL, 0)
+    os.pwrite(fd, b"begin", 0)
+    return content("f")
+
+
 def truncation() -> Any:
     fd = fill("f")
     found = [outcome(os.ftruncate, fd, 4), content("f"), outcome(os.truncate, "f", 8), content("f")]

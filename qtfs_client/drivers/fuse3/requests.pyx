@@ -11,7 +11,7 @@ from libc.string cimport memcpy, memset
 from qtfs_client.drivers.fuse3.callers cimport caller_groups
 from qtfs_client.drivers.fuse3.state cimport FORGETS_AT_ONCE, PHASE_BUILD, builder, mount_state, worker
 from qtfs_client.includes.fuse_abi cimport *
-from qtfs_client.includes.linux cimport O_DIRECT, O_DIRECTORY, O_NOFOLLOW, pthread_mutex_lock, pthread_mutex_unlock, \
+from qtfs_client.includes.linux cimport O_APPEND, O_DIRECT, O_DIRECTORY, O_NOFOLLOW, pthread_mutex_lock, pthread_mutex_unlock, \
     strnlen
 from qtfs_common.protocol cimport *
 
@@ -469,7 +469,10 @@ cdef int _build_write(worker *w) noexcept nogil:
     made.handle = asked.fh
     made.offset = asked.offset
     made.size = asked.size
-    made.flags = KILL_PRIVILEGES if asked.write_flags & FUSE_WRITE_KILL_SUIDGID else 0
+    # The flags of this write, not of the open: fcntl(2) may have changed O_APPEND, and pages of a mapping never append.
+    made.flags = WRITE_APPEND if asked.flags & O_APPEND and not asked.write_flags & FUSE_WRITE_CACHE else WRITE_AT_OFFSET
+    if asked.write_flags & FUSE_WRITE_KILL_SUIDGID:
+        made.flags |= KILL_PRIVILEGES
     _add_payload(w, w.argument + sizeof(fuse_write_in), asked.size)
     return 0
 

@@ -20,7 +20,8 @@ def check_mountpoint(mountpoint: str) -> None:
     try:
         found = os.stat(mountpoint)
     except OSError as error:
-        if error.errno != errno.ENOTCONN or not _is_ours(mountpoint):
+        # While its daemon still dies, a mount says ECONNABORTED.
+        if error.errno not in (errno.ENOTCONN, errno.ECONNABORTED) or not _is_ours(mountpoint):
             raise MountError(f"mount point {mountpoint}: {error.strerror}") from error
         _unmount_dead(mountpoint)
         check_mountpoint(mountpoint)

@@ -9,9 +9,10 @@ lib=$PREFIX/lib/qtfs
 units=$PREFIX/lib/systemd/system
 man=$PREFIX/share/man
 
-# Where: what it calls. A new command is a new line.
+# Where: what it calls. A new command is a new line. mount(8) knows what is mounted as fuse.qtfs, when it is to remount it.
 commands="$PREFIX/bin/qtfs-engine=qtfs_server.cli
-$SBINDIR/mount.qtfs=qtfs_client.cli"
+$SBINDIR/mount.qtfs=qtfs_client.cli
+$SBINDIR/mount.fuse.qtfs=qtfs_client.cli"
 
 remove() { # what an earlier version may have left must not stay importable
     rm -rf "$DESTDIR$lib"

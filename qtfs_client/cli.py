@@ -89,6 +89,7 @@ def _mount_in_background(options: MountOptions) -> int:
 
 def _run(options: MountOptions) -> int:
     if options.namespace is not None:
+        choose(options.driver)  # what it keeps of this namespace has to be opened now
         from qtfs_client.drivers.mounting import enter_mount_namespace
 
         enter_mount_namespace(options.namespace)

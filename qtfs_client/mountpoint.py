@@ -6,12 +6,13 @@ import errno
 import os
 import re
 import subprocess
-from pathlib import Path
 
 from qtfs_client.drivers import MountError
 from qtfs_client.options import MountOptions
 
 _TYPE = "fuse.qtfs"
+#: Kept open, for mount.qtfs -N may enter a mount namespace whose /proc knows us by another pid, or not at all.
+_PROC = os.open("/proc", os.O_PATH | os.O_CLOEXEC)
 _OCTAL = re.compile(r"\\([0-7]{3})")
 
 
@@ -35,7 +36,9 @@ def check_mountpoint(mountpoint: str) -> None:
 def _is_ours(mountpoint: str) -> bool:
     """Whether the topmost mount on a path is a qtfs one: proc_pid_mountinfo(5)."""
     top = ""
-    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
+    with open(os.open("self/mountinfo", os.O_RDONLY, dir_fd=_PROC), errors="surrogateescape") as file:
+        mounts = file.read().splitlines()
+    for line in mounts:
         fields, _, source = line.partition(" - ")
         if _OCTAL.sub(lambda match: chr(int(match[1], 8)), fields.split(" ")[4]) == mountpoint:
             top = source.split(" ")[0]

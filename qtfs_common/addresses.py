@@ -51,6 +51,7 @@ _UNIX_PATH_MAX = 107  # sun_path less its NUL, unix(7)
 _KEEPALIVE_IDLE_S = 20
 _KEEPALIVE_INTERVAL_S = 10
 _KEEPALIVE_PROBES = 6
+_UNACKNOWLEDGED_MS = 80_000
 _DIRECTORY_LOCK_SECONDS = 5.0
 _LABEL = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)")
 _LOOKS_NUMERIC = re.compile(r"(0[xX][0-9A-Fa-f]*|[0-9]+)")
@@ -348,6 +349,8 @@ def tune_socket(sock: socket.socket) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE_IDLE_S)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _KEEPALIVE_INTERVAL_S)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _KEEPALIVE_PROBES)
+        # Keepalive rests while anything waits for its acknowledgement.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNACKNOWLEDGED_MS)
     elif sock.family == socket.AF_UNIX:
         _enlarge(sock, _SO_SNDBUFFORCE, socket.SO_SNDBUF)
         _enlarge(sock, _SO_RCVBUFFORCE, socket.SO_RCVBUF)

@@ -26,6 +26,17 @@ cdef extern from "<stdarg.h>" nogil:
 cdef extern from "<stdio.h>" nogil:
     int vsnprintf(char *, size_t, const char *, va_list)
 
+cdef extern from "<fcntl.h>" nogil:
+    enum:
+        O_CLOEXEC
+        O_DIRECTORY
+        O_RDONLY
+    int open(const char *, int, ...)
+
+cdef extern from "<unistd.h>" nogil:
+    int close(int)
+    int syncfs(int)
+
 cdef extern from "<sched.h>" nogil:
     enum:
         CLONE_NEWNS
@@ -97,11 +108,12 @@ cdef class FuseMount:
     """One attached file system. Its device speaks the protocol of linux/fuse.h, beginning with INIT."""
     cdef fuse_session *session
     cdef object lock
+    cdef bytes path
 
     def __init__(self, str mountpoint, options):
         """Mount on a directory; `options` are words and key=value for mount.fuse3(8). Raises MountError."""
-        cdef bytes path = os.fsencode(mountpoint)
-        cdef const char *path_text = path
+        self.path = os.fsencode(mountpoint)
+        cdef const char *path_text = self.path
         cdef int status
         self.lock = threading.Lock()
         fuse_set_log_func(_note_complaint)
@@ -118,6 +130,14 @@ cdef class FuseMount:
     def device(self) -> int:
         """A descriptor of /dev/fuse for this mount; it belongs to the caller."""
         return os.dup(fuse_session_fd(self.session))
+
+    def write_back(self) -> None:
+        """syncfs(2): whatever pages of shared mappings wait to be written. Errors are the business of msync(2)."""
+        cdef int fd = open(self.path, O_RDONLY | O_DIRECTORY | O_CLOEXEC)
+        if fd >= 0:
+            with nogil:
+                syncfs(fd)
+                close(fd)
 
     def unmount(self) -> None:
         """Take the file system away from the mount point if it is still there; more than once does no harm."""

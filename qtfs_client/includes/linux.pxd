@@ -26,6 +26,7 @@ cdef extern from "<fcntl.h>" nogil:
         O_TRUNC
         O_WRONLY
     int open(const char *, int, ...)
+    int openat(int, const char *, int, ...)
 
 cdef extern from "<unistd.h>" nogil:
     enum:

@@ -324,13 +324,19 @@ cdef int op_flush(request *r) noexcept nogil:
     """FLUSH: release_request → nothing. A close(2): the owner's POSIX locks end, late write errors show."""
     cdef release_request *body = <release_request *>r.body
     cdef handle *h = NULL
+    cdef node *n = NULL
     cdef int fd, error
     if r.body_bytes != sizeof(release_request):
         return MALFORMED
     error = handle_pin(r.s, body.handle, &h)
+    if error == 0:
+        drop_locks(r.s, h.node, body.lock_owner)
+    elif node_pin(r.s, r.who.node, &n) == 0:
+        # Held up by a broken connection, a FLUSH may come after the RELEASE.
+        drop_locks(r.s, n, body.lock_owner)
+        node_unpin(r.s, n)
     if error < 0:
         return error
-    drop_locks(r.s, h.node, body.lock_owner)
     if h.flags & HANDLE_WRITABLE:
         fd = dup(h.fd)
         if fd < 0 or close(fd) < 0:

@@ -2,4 +2,5 @@ from libc.stdint cimport uint32_t
 
 cdef int caller_groups(uint32_t pid, uint32_t *groups, int room) noexcept nogil
 cdef int caller_opens(uint32_t pid) noexcept nogil
+cdef bint caught_signal_pending(uint32_t pid) noexcept nogil
 cdef bint fatal_signal_pending(uint32_t pid) noexcept nogil

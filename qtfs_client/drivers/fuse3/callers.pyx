@@ -6,8 +6,8 @@ The caller sleeps in the very request that is being translated, so what is read 
 from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport strlen
 
-from qtfs_client.includes.linux cimport O_ACCMODE, O_CLOEXEC, O_PATH, O_RDONLY, O_RDWR, O_WRONLY, R_OK, W_OK, close, \
-    iovec, open, read, snprintf, strstr, strtoul, strtoull
+from qtfs_client.includes.linux cimport O_ACCMODE, O_CLOEXEC, O_PATH, O_RDONLY, O_WRONLY, R_OK, W_OK, close, open, \
+    openat, read, snprintf, strstr, strtoul, strtoull
 
 cdef extern from *:
     """
@@ -21,9 +21,6 @@ cdef extern from *:
         SYS_openat
         SYS_openat2
 
-cdef extern from "<sys/uio.h>" nogil:
-    ssize_t process_vm_readv(int, const iovec *, unsigned long, const iovec *, unsigned long, unsigned long)
-
 cdef enum:
     STATUS_BYTES = 16384            # 1024 groups of ten digits and all the rest
 
@@ -31,20 +28,21 @@ cdef enum:
 cdef uint64_t HARMLESS = (1 << 16 | 1 << 17 | 1 << 18 | 1 << 19 | 1 << 20 | 1 << 21 | 1 << 22 | 1 << 27)
 
 
+# Of the pid namespace that the requests' pids are of; mount.qtfs -N may enter another mount namespace later.
+cdef int _proc = open("/proc", O_PATH | O_CLOEXEC)
+
+
 cdef bint _read_status(uint32_t pid, char *text) noexcept nogil:
     """Read /proc/PID/status, at most STATUS_BYTES - 1 bytes of it. False if there is none."""
     cdef char path[32]
-    cdef size_t have = 0
-    cdef ssize_t got = 1
-    snprintf(path, sizeof(path), "/proc/%u/status", pid)
-    cdef int fd = open(path, O_RDONLY | O_CLOEXEC)
+    cdef ssize_t got
+    snprintf(path, sizeof(path), "%u/status", pid)
+    cdef int fd = openat(_proc, path, O_RDONLY | O_CLOEXEC)
     if fd < 0:
         return False
-    while got > 0 and have < STATUS_BYTES - 1:
-        got = read(fd, text + have, STATUS_BYTES - 1 - have)
-        have += max(got, 0)
+    got = read(fd, text, STATUS_BYTES - 1)     # it comes whole, or not at all
     close(fd)
-    text[have] = 0
+    text[max(got, 0)] = 0
     return True
 
 
@@ -82,8 +80,8 @@ cdef int caller_opens(uint32_t pid) noexcept nogil:
     cdef unsigned long call[4]
     cdef ssize_t got
     cdef int fd, i
-    snprintf(path, sizeof(path), "/proc/%u/syscall", pid)
-    fd = open(path, O_RDONLY | O_CLOEXEC)
+    snprintf(path, sizeof(path), "%u/syscall", pid)
+    fd = openat(_proc, path, O_RDONLY | O_CLOEXEC)
     if fd < 0:
         return 0
     got = read(fd, text, sizeof(text) - 1)
@@ -96,7 +94,7 @@ cdef int caller_opens(uint32_t pid) noexcept nogil:
     if call[0] == <unsigned long>SYS_openat:
         return _access_of(call[3])
     if call[0] == <unsigned long>SYS_openat2:
-        return _access_of(_how_flags(pid, call[3]))
+        return R_OK | W_OK              # its flags are in the caller's memory, which may make us wait for ever
     return _access_of(call[2]) if call[0] == <unsigned long>SYS_open else 0
 
 
@@ -107,20 +105,20 @@ cdef int _access_of(unsigned long flags) noexcept nogil:
     return R_OK if mode == O_RDONLY else W_OK if mode == O_WRONLY else R_OK | W_OK
 
 
-cdef unsigned long _how_flags(uint32_t pid, unsigned long address) noexcept nogil:
-    """The flags of openat2(2), the first word of its struct open_how in the caller's memory; O_RDWR if unreadable."""
-    cdef uint64_t flags = 0
-    cdef iovec here, there
-    here.iov_base = &flags
-    there.iov_base = <void *>address
-    here.iov_len = there.iov_len = sizeof(flags)
-    return flags if process_vm_readv(pid, &here, 1, &there, 1, 0) == sizeof(flags) else <unsigned long>O_RDWR
-
-
 cdef uint64_t _mask(const char *text, const char *key) noexcept nogil:
     """A signal set of the status file; 0 if it is not there."""
     cdef const char *at = strstr(text, key)
     return 0 if at == NULL else <uint64_t>strtoull(at + strlen(key), NULL, 16)
+
+
+cdef bint caught_signal_pending(uint32_t pid) noexcept nogil:
+    """Whether a handler will run once its system call returns; not for stop signals, tracers and freezers."""
+    cdef char text[STATUS_BYTES]
+    cdef uint64_t pending
+    if pid == 0 or not _read_status(pid, text):
+        return True
+    pending = _mask(text, "\nSigPnd:") | _mask(text, "\nShdPnd:")
+    return pending & _mask(text, "\nSigCgt:") & ~_mask(text, "\nSigBlk:") != 0
 
 
 cdef bint fatal_signal_pending(uint32_t pid) noexcept nogil:

@@ -3,7 +3,7 @@
 Sources: include/uapi/linux/fuse.h, Documentation/filesystems/fuse, fs/fuse/inode.c (process_init_reply).
 """
 from libc.errno cimport EAGAIN, EINTR, EIO, ENOENT, EPROTO, EPROTONOSUPPORT, errno
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
 from qtfs_client.drivers.fuse3.state cimport CACHE_ALWAYS, CACHE_NONE, REQUEST_PAYLOAD, mount_state, worker
@@ -15,6 +15,11 @@ from qtfs_client.includes.fuse_abi cimport FUSE_ASYNC_DIO, FUSE_ASYNC_READ, FUSE
     fuse_out_header
 from qtfs_client.includes.linux cimport FUSE_DEV_IOC_CLONE, O_CLOEXEC, O_NONBLOCK, O_RDWR, close, ioctl, iovec, open, \
     read, writev
+
+cdef extern from "<unistd.h>" nogil:
+    enum:
+        _SC_PAGESIZE
+    long sysconf(int)
 
 cdef enum:
     OLD_INIT_BYTES = 16             # fuse_init_in of kernels without FUSE_INIT_EXT
@@ -97,7 +102,7 @@ cdef void _agree(mount_state *m, const fuse_init_in *asked, fuse_init_out *out) 
     out.congestion_threshold = CONGESTION
     out.max_write = REQUEST_PAYLOAD if out.flags & FUSE_MAX_PAGES else 32 * PAGE_BYTES
     out.time_gran = 1
-    out.max_pages = REQUEST_PAYLOAD // PAGE_BYTES
+    out.max_pages = <uint16_t>(REQUEST_PAYLOAD // sysconf(_SC_PAGESIZE))
     m.direct_mmap = out.flags2 & FUSE_DIRECT_IO_ALLOW_MMAP
     m.setxattr_ext = out.flags & FUSE_SETXATTR_EXT
 

@@ -2,9 +2,9 @@
 
 Most requests are relayed: translated, sent, and the reply handed on. Some need no server, or more than one exchange.
 """
-from libc.errno cimport EACCES, EAGAIN, EINVAL, EIO, ENOENT, ENOSYS, ENOTTY, EOPNOTSUPP
+from libc.errno cimport EACCES, EAGAIN, EINVAL, EIO, ENODATA, ENOENT, ENOSYS, ENOTTY, EOPNOTSUPP
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
-from libc.string cimport memset
+from libc.string cimport memcmp, memset
 
 from qtfs_client.drivers.fuse3.callers cimport caller_opens
 from qtfs_client.drivers.fuse3.device cimport reply, reply_error
@@ -14,8 +14,8 @@ from qtfs_client.drivers.fuse3.interrupts cimport interrupt
 from qtfs_client.drivers.fuse3.replies cimport note_undo, queue_forget, reply_handler
 from qtfs_client.drivers.fuse3.requests cimport build_forgets, build_special_access, build_undo_release, \
     request_builder
-from qtfs_client.drivers.fuse3.state cimport BY_HANDLE, CACHE_NONE, ENOSYS_MEANT, MAKES_ENTRIES, MAKES_ENTRY, MAKES_HANDLE, \
-    REPEATABLE, mount_state, operation_row, server, worker
+from qtfs_client.drivers.fuse3.state cimport BY_HANDLE, CACHE_NONE, ENOSYS_MEANT, MAKES_ENTRIES, MAKES_ENTRY, \
+    MAKES_HANDLE, MUST_ARRIVE, REPEATABLE, mount_state, operation_row, server, worker
 from qtfs_client.includes.fuse_abi cimport *
 from qtfs_client.includes.linux cimport add_int, load_int, store_int
 from qtfs_common.protocol cimport attributes_reply, count_reply, entry, lock_reply, lseek_reply, statfs_reply, statx_reply
@@ -28,6 +28,12 @@ cdef extern from "<sys/stat.h>" nogil:
         S_IFCHR
         S_IFIFO
 
+cdef extern from *:
+    """
+    #define ACL_PREFIX "system.posix_acl_"
+    """
+    const char ACL_PREFIX[18]
+
 cdef extern from "<unistd.h>" nogil:
     int usleep(unsigned int)
 
@@ -39,10 +45,17 @@ cdef enum:
 
 # ---- relaying ------------------------------------------------------------------------------------------------------
 
+cdef bint _asks_for_acl(worker *w) noexcept nogil:
+    cdef size_t name_at = sizeof(fuse_getxattr_in), name_bytes = sizeof(ACL_PREFIX) - 1
+    return w.argument_bytes - name_at > name_bytes and memcmp(w.argument + name_at, ACL_PREFIX, name_bytes) == 0
+
+
 cdef int _kernel_error(worker *w, int error) noexcept nogil:
     """The server's errno, unless the kernel would refuse it or, for ENOSYS, give up the operation for good."""
     if error <= 0 or error > LARGEST_ERRNO:
         return EIO
+    if error == EOPNOTSUPP and w.request.opcode == FUSE_GETXATTR and _asks_for_acl(w):
+        return ENODATA                  # the kernel's permission check would fail with EOPNOTSUPP: fuse_get_acl()
     if error == ENOSYS and not w.row.flags & ENOSYS_MEANT:
         return ENOTTY if w.request.opcode == FUSE_IOCTL else EOPNOTSUPP
     return error
@@ -273,17 +286,17 @@ cdef void _fill_rows() noexcept:
     _row(FUSE_READ, sizeof(fuse_read_in), 0, REPEATABLE | BY_HANDLE)
     _row(FUSE_WRITE, sizeof(fuse_write_in), sizeof(count_reply), BY_HANDLE)
     _row(FUSE_STATFS, 0, sizeof(statfs_reply), REPEATABLE)
-    _row(FUSE_RELEASE, sizeof(fuse_release_in), 0, BY_HANDLE)
+    _row(FUSE_RELEASE, sizeof(fuse_release_in), 0, BY_HANDLE | MUST_ARRIVE)
     _row(FUSE_FSYNC, sizeof(fuse_fsync_in), 0, REPEATABLE | BY_HANDLE)
     _row(FUSE_SETXATTR, SETXATTR_OLD_BYTES + 2, 0, 0)
     _row(FUSE_GETXATTR, sizeof(fuse_getxattr_in) + 2, 0, REPEATABLE)
     _row(FUSE_LISTXATTR, sizeof(fuse_getxattr_in), 0, REPEATABLE)
     _row(FUSE_REMOVEXATTR, 2, 0, 0)
-    _row(FUSE_FLUSH, sizeof(fuse_flush_in), 0, REPEATABLE | BY_HANDLE)
+    _row(FUSE_FLUSH, sizeof(fuse_flush_in), 0, REPEATABLE | BY_HANDLE | MUST_ARRIVE)
     _row(FUSE_OPENDIR, sizeof(fuse_open_in), 0, MAKES_HANDLE)
     _row(FUSE_READDIR, sizeof(fuse_read_in), 0, REPEATABLE | BY_HANDLE)
     _row(FUSE_READDIRPLUS, sizeof(fuse_read_in), 0, REPEATABLE | MAKES_ENTRIES | BY_HANDLE)
-    _row(FUSE_RELEASEDIR, sizeof(fuse_release_in), 0, BY_HANDLE)
+    _row(FUSE_RELEASEDIR, sizeof(fuse_release_in), 0, BY_HANDLE | MUST_ARRIVE)
     _row(FUSE_FSYNCDIR, sizeof(fuse_fsync_in), 0, REPEATABLE | BY_HANDLE)
     _row(FUSE_GETLK, sizeof(fuse_lk_in), sizeof(lock_reply), REPEATABLE)
     _row(FUSE_SETLK, sizeof(fuse_lk_in), 0, REPEATABLE)
@@ -330,7 +343,6 @@ cdef void serve(worker *w) noexcept nogil:
     """Do all that the request in hand needs. It has a whole header; its argument may be too short."""
     cdef uint32_t opcode = w.request.opcode
     w.row = &_rows[opcode] if opcode < FUSE_OPCODES else &_unknown_row
-    w.answered = False
     if w.argument_bytes < w.row.least_bytes:
         reply_error(w, EINVAL)
     elif _is_denied(w):

@@ -10,14 +10,16 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import threading
 import time
+from collections.abc import Iterator
 
 from qtfs_client.connection import Engine, HandshakeError, SessionLostError, Ticket, encode
 from qtfs_client.drivers import mount_options
 from qtfs_client.drivers.fuse3.mount import EVENT_LINE, Mount
 from qtfs_client.drivers.mounting import FuseMount
-from qtfs_client.options import DEFAULT_MAX_READ, MountOptions
+from qtfs_client.options import MountOptions
 from qtfs_common.errors import ConnectError, QtfsError
 from qtfs_common.protocol import EVENT, OPERATIONS
 from qtfs_common.transport import Connection
@@ -31,10 +33,25 @@ _RETRY_LAST_S = 2.0
 #: For one attempt, so that the end of the mount is noticed between two.
 _ATTEMPT_S = 5.0
 _DETACH_S = 2.0
+_WRITE_BACK_S = 5.0
 _STACK_BYTES = 256 * 1024
 _JOIN_S = 0.2
 #: Makes a thread return from read(/dev/fuse); it does nothing else.
 _WAKE_SIGNAL = signal.SIGUSR1
+
+
+@contextlib.contextmanager
+def _woken_by_signals() -> Iterator[socket.socket]:
+    """A socket that becomes readable when a signal comes, also just before somebody sleeps on it: set_wakeup_fd()."""
+    receiver, sender = socket.socketpair()
+    with receiver, sender:
+        receiver.setblocking(False)
+        sender.setblocking(False)
+        signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+        try:
+            yield receiver
+        finally:
+            signal.set_wakeup_fd(-1)
 
 
 class Fuse3Driver:
@@ -51,15 +68,14 @@ class Fuse3Driver:
         self._threads: list[threading.Thread] = []
         self._lost_since: float | None = None
         self._delay_s = _RETRY_FIRST_S
+        self._without_thread: int | None = None  # a worker that could not be started
 
     # ------------------------------------------------------------------------------------------------- the interface
 
     def mount(self) -> None:
         """Attach the file system to the mount point and agree with the kernel on the protocol. Raises MountError."""
         options = self._options
-        wanted = list(mount_options(options))
-        if options.max_read < DEFAULT_MAX_READ:
-            wanted.append(f"max_read={options.max_read}")
+        wanted = [*mount_options(options), f"max_read={options.max_read}"]
         self._attached = FuseMount(options.mountpoint, wanted)
         self._mount = Mount(
             self._attached.device(),
@@ -79,19 +95,28 @@ class Fuse3Driver:
         assert mount is not None
         signal.signal(_WAKE_SIGNAL, lambda _number, _frame: None)
         threading.stack_size(_STACK_BYTES)
-        self._start(mount.run_events)
-        for _ in range(_FIRST_WORKERS):
-            self._add_worker(mount)
-        while not mount.stopping:
-            mount.wait(self._look_after(mount))
-        self._join()
+        try:
+            with _woken_by_signals() as signals:
+                self._start(mount.run_events)
+                for _ in range(_FIRST_WORKERS):
+                    self._add_worker(mount)
+                while not mount.stopping:
+                    mount.wait(self._look_after(mount), signals.fileno())
+        finally:
+            mount.stop()
+            self._join()
 
     def unmount(self) -> None:
-        """Detach the mount point and end `serve`."""
-        if self._attached is not None:
-            self._attached.unmount()
-        if self._mount is not None:
-            self._mount.stop()
+        """Detach the mount point and end `serve`. Pages that programs changed in their memory are written first."""
+        attached, mount = self._attached, self._mount
+        if attached is not None:
+            # In a thread of its own: a server that does not answer must not keep the mount.
+            writing = threading.Thread(target=attached.write_back, daemon=True)
+            writing.start()
+            writing.join(_WRITE_BACK_S)
+            attached.unmount()
+        if mount is not None:
+            mount.stop()
 
     def close(self) -> None:
         """Tell the engine that the session is over, and give back the rest."""
@@ -121,8 +146,8 @@ class Fuse3Driver:
 
     def _start(self, target: object, *args: object) -> None:
         thread = threading.Thread(target=target, args=args, daemon=True)  # type: ignore[arg-type]
-        self._threads.append(thread)
         thread.start()
+        self._threads.append(thread)
 
     def _join(self) -> None:
         """Wait for the threads. After `unmount` files may still be open, and the kernel has to be interrupted."""
@@ -147,16 +172,29 @@ class Fuse3Driver:
         return -1
 
     def _add_worker(self, mount: Mount) -> None:
-        """One more worker, if the engine grants another channel."""
-        slot = mount.worker_count
-        try:
-            connection, sequence = self._attach(slot)
-        except (ConnectError, HandshakeError) as error:
-            log.info("no channel %d: %s", slot, error)
+        """One more worker, if the engine grants a channel and the system a thread; else it will be asked for again."""
+        if self._without_thread is None:
+            self._without_thread = self._new_worker(mount)
+        if self._without_thread is None:
             mount.worker_failed()
             return
-        mount.add_worker(connection, self._epoch, sequence)
-        self._start(mount.run_worker, slot)
+        try:
+            self._start(mount.run_worker, self._without_thread)
+            self._without_thread = None
+        except RuntimeError as error:
+            log.warning("worker %d: %s", self._without_thread, error)
+            mount.worker_failed()
+
+    def _new_worker(self, mount: Mount) -> int | None:
+        """A worker on the next slot; it needs a thread. None if that cannot be had now."""
+        slot: int = mount.worker_count
+        try:
+            connection, sequence = self._attach(slot)
+            mount.add_worker(connection, self._epoch, sequence)
+        except (ConnectError, HandshakeError, MemoryError) as error:
+            log.info("no channel %d: %s", slot, error)
+            return None
+        return slot
 
     def _attach(self, slot: int) -> tuple[Connection, int]:
         """A channel of the session, and the last sequence number that the engine executed on it."""

@@ -208,6 +208,8 @@ cdef bint _next_message(mount_state *m, int64_t now, size_t *body_bytes) noexcep
     if not found and now - m.pinged_us >= _ping_us(m):
         _begin(m, OP_PING, 0, 0)
         m.pinged_us = now
+        if m.unanswered_us == 0:
+            m.unanswered_us = now
         found = True
     return found
 
@@ -245,7 +247,8 @@ cdef void _take_message(mount_state *m, const message *got) noexcept nogil:
 cdef void _receive(mount_state *m, int64_t now) noexcept nogil:
     cdef message got
     cdef int found = m.event.ch.ops.receive(m.event.ch, &got)
-    while found == 1 and got.head.flags & MESSAGE_REPLY:
+    while found == 1 and got.head.flags & MESSAGE_REPLY and not load_int(&m.stopping):
+        m.unanswered_us = 0
         store_i64(&m.heard_us, now)
         _take_message(m, &got)
         found = m.event.ch.ops.receive(m.event.ch, &got)
@@ -260,6 +263,7 @@ cdef void _take_fresh(mount_state *m, int64_t now) noexcept nogil:
     m.event.epoch = m.event.fresh_epoch
     m.event_flushing = False
     store_int(&m.event.link, LINK_UP)
+    m.unanswered_us = 0
     store_i64(&m.heard_us, now)
     pthread_mutex_lock(&m.guard)
     wait = m.lock_waits
@@ -270,12 +274,21 @@ cdef void _take_fresh(mount_state *m, int64_t now) noexcept nogil:
     pthread_mutex_unlock(&m.guard)
 
 
+cdef bint _is_silent(mount_state *m, int64_t now) noexcept nogil:
+    """Whether a PING has gone unanswered for the mount's timeout: a fresh connection may find the server sooner than
+    TCP's ever rarer retransmissions. Not merely since it was heard: we may have been stopped ourselves.
+    """
+    return m.timeout_us > 0 and m.unanswered_us > 0 and now - m.unanswered_us > m.timeout_us
+
+
 cdef void _attend_channel(mount_state *m, int64_t now) noexcept nogil:
     """All that can be done on the event channel without sleeping."""
     if load_int(&m.event.link) == LINK_READY:
         _take_fresh(m, now)
     if load_int(&m.event.link) == LINK_UP:
         _receive(m, now)
+    if load_int(&m.event.link) == LINK_UP and _is_silent(m, now):
+        _lose(m)
     if load_int(&m.event.link) == LINK_UP:
         _send(m, now)
 
@@ -306,6 +319,7 @@ cdef int _set_aside_locked(mount_state *m, const uint8_t *buffer, size_t size) n
     pending.size = size
     pending.since_us = now_us()
     pending.interrupted_us = 0
+    pending.answered = False
     memcpy(pending + 1, buffer, size)
     m.pending_end[0] = pending
     m.pending_end = &pending.next
@@ -314,13 +328,21 @@ cdef int _set_aside_locked(mount_state *m, const uint8_t *buffer, size_t size) n
     return 0
 
 
+cdef bint _has_room_locked(mount_state *m) noexcept nogil:
+    return m.pending_count < PENDING_REQUESTS and m.pending_bytes < PENDING_BYTES
+
+
+cdef bint _nobody_reads_locked(mount_state *m) noexcept nogil:
+    return m.idle + m.coming == 0 and m.parked == NULL
+
+
 cdef bint _triage_one(mount_state *m, uint8_t *buffer) noexcept nogil:
     """Read and see to one request if still nobody else does. False: triage is over, for now."""
     cdef fuse_in_header *request = <fuse_in_header *>buffer
     cdef ssize_t got = -1
     cdef int kept = 0
     pthread_mutex_lock(&m.guard)
-    if m.idle + m.coming == 0 and m.pending_count < PENDING_REQUESTS and m.pending_bytes < PENDING_BYTES:
+    if _nobody_reads_locked(m) and _has_room_locked(m):
         # Under the guard: no worker can be about to sleep while a request is set aside for it. It does not block.
         got = read(m.triage_device, buffer, BUFFER_BYTES)
         if got >= <ssize_t>sizeof(fuse_in_header) and \
@@ -342,10 +364,10 @@ cdef bint _still_saturated(mount_state *m) noexcept nogil:
     """Whether all workers are busy; if not, they say so again when they are."""
     cdef bint saturated
     pthread_mutex_lock(&m.guard)
-    saturated = m.idle + m.coming == 0 and m.triage_device >= 0
-    m.saturated = saturated
+    m.saturated = m.saturated and _nobody_reads_locked(m)
+    saturated = m.saturated and _has_room_locked(m)     # or the device stays readable, and we would never sleep
     pthread_mutex_unlock(&m.guard)
-    return saturated
+    return saturated and m.triage_device >= 0
 
 
 # ---- the loop ------------------------------------------------------------------------------------------------------

@@ -14,10 +14,10 @@ it grants; or until the connection ends.
 from libc.errno cimport EAGAIN, EINTR, EIO, ENODEV
 from libc.stdint cimport int32_t, int64_t, uint64_t
 
-from qtfs_client.drivers.fuse3.callers cimport fatal_signal_pending
+from qtfs_client.drivers.fuse3.callers cimport caught_signal_pending, fatal_signal_pending
 from qtfs_client.drivers.fuse3.device cimport reply_error
-from qtfs_client.drivers.fuse3.state cimport LINK_LOST, LINK_READY, LINK_UP, PHASE_BUILD, PHASE_SEND, PHASE_SENT, \
-    builder, line, mount_state, worker
+from qtfs_client.drivers.fuse3.state cimport LINK_LOST, LINK_READY, LINK_UP, MUST_ARRIVE, PHASE_BUILD, PHASE_SEND, \
+    PHASE_SENT, builder, line, mount_state, worker
 from qtfs_client.includes.linux cimport POLLIN, eventfd_read, eventfd_write, load_i64, load_int, load_u64, poll, pollfd, \
     pread, pthread_mutex_lock, pthread_mutex_unlock, store_int
 from qtfs_common.protocol cimport MESSAGE_REPLY
@@ -95,6 +95,7 @@ cdef int _send(worker *w, builder build) noexcept nogil:
         if status < 0:
             return status
         w.phase = PHASE_SEND
+        w.begun = True
         status = w.link.ch.ops.commit(w.link.ch, w.message_bytes, w.payload, w.payload_bytes)
     else:
         status = w.link.ch.ops.flush(w.link.ch)
@@ -111,7 +112,8 @@ cdef int _receive(worker *w, message *reply) noexcept nogil:
     cdef int found = w.link.ch.ops.receive(w.link.ch, reply)
     if found == 0:
         return 0
-    if found > 0 and reply.head.sequence == w.sequence and reply.head.flags & MESSAGE_REPLY:
+    if found > 0 and w.phase == PHASE_SENT and reply.head.sequence == w.sequence and reply.head.op == w.asked_op and \
+            reply.head.flags & MESSAGE_REPLY:
         return 1
     lose(w.mount.manager_fd, &w.link)
     return 0
@@ -170,39 +172,48 @@ cdef bint _spin_pays(worker *w) noexcept nogil:
 
 # ---- a fresh channel -------------------------------------------------------------------------------------------------
 
-cdef int _same_session(worker *w, bint in_flight) noexcept nogil:
+cdef bint _has_to_arrive(worker *w) noexcept nogil:
+    return not w.own and w.row.flags & MUST_ARRIVE != 0
+
+
+cdef int _same_session(worker *w) noexcept nogil:
     """The slot lives on, and the server told how far it came. 0 or as _take_fresh."""
-    cdef uint64_t executed = w.link.fresh_sequence, asked = w.sequence
-    if in_flight and asked == executed:
+    cdef uint64_t accepted = w.link.fresh_sequence, asked = w.sequence
+    w.executed = w.begun and asked == accepted
+    if w.executed:
         return 0                        # the server answers again what it answered before
-    w.sequence = executed + 1
-    if w.answered and not w.own:
+    w.sequence = accepted + 1
+    if w.answered and not w.own and not _has_to_arrive(w):
         return -EINTR
-    return 0 if not in_flight or asked == executed + 1 else -EIO
+    return 0 if not w.begun or asked == accepted + 1 else -EIO
 
 
-cdef int _new_session(worker *w, int phase) noexcept nogil:
+cdef int _new_session(worker *w) noexcept nogil:
     """The server has forgotten us: what was executed is unknown. 0 or as _take_fresh."""
+    cdef bint in_doubt = w.executed or w.phase == PHASE_SENT
     w.link.epoch = w.link.fresh_epoch
     w.sequence = w.link.fresh_sequence + 1
+    w.begun = w.executed = False
     if w.own or w.answered:
         return -EINTR
-    return -EIO if phase == PHASE_SENT and not w.repeatable else 0
+    return -EIO if in_doubt and not w.repeatable else 0
 
 
 cdef int _take_fresh(worker *w) noexcept nogil:
     """Go on over the manager's fresh channel: 0; -EIO: the request cannot be sent again; -EINTR: nobody waits."""
-    cdef int phase = w.phase
+    cdef int status
     w.link.ch = w.link.fresh
     store_int(&w.link.link, LINK_UP)
-    w.phase = PHASE_BUILD
     w.attempts += 1
     if w.link.fresh_epoch != w.link.epoch:
-        return _new_session(w, phase)
-    if w.attempts > MAX_ATTEMPTS:
+        status = _new_session(w)
+    elif w.attempts > MAX_ATTEMPTS:
         w.sequence = w.link.fresh_sequence + 1
-        return -EIO
-    return _same_session(w, phase != PHASE_BUILD)
+        status = -EIO
+    else:
+        status = _same_session(w)
+    w.phase = PHASE_BUILD
+    return status
 
 
 # ---- waiting -------------------------------------------------------------------------------------------------------
@@ -218,7 +229,7 @@ cdef void _see_to_interrupt(worker *w, int64_t now) noexcept nogil:
         return
     if w.give_up_us == 0:
         w.give_up_us = now + CAUGHT_SIGNAL_US
-    if now >= w.give_up_us or fatal_signal_pending(w.request.pid):
+    if fatal_signal_pending(w.request.pid) or now >= w.give_up_us and caught_signal_pending(w.request.pid):
         _answer_early(w, EINTR)
 
 
@@ -256,8 +267,10 @@ cdef int _wait(worker *w) noexcept nogil:
     _see_to_interrupt(w, now)
     _see_to_silence(w, now)
     if load_int(&w.link.link) != LINK_UP:
-        if load_int(&w.mount.down):
+        if load_int(&w.mount.down) and not _has_to_arrive(w):
             return -EIO
+        if load_int(&w.mount.down) and not w.answered:
+            _answer_early(w, EIO)
         _sleep_unconnected(w, _slice_us(w, now))
         return 0
     seen = w.link.ch.ops.wait(w.link.ch, WAIT_READABLE if w.phase == PHASE_SENT else WAIT_WRITABLE, w.link.wake_fd,
@@ -282,7 +295,7 @@ cdef int _advance(worker *w, builder build, message *reply) noexcept nogil:
         status = _take_fresh(w)
         if status < 0:
             return status
-    if w.phase == PHASE_BUILD:
+    if w.phase == PHASE_BUILD and load_int(&w.link.link) == LINK_UP:
         _look_at_channel(w, reply)
     if load_int(&w.link.link) != LINK_UP:
         return 0
@@ -298,6 +311,7 @@ cdef int _advance(worker *w, builder build, message *reply) noexcept nogil:
 cdef int _converse(worker *w, builder build, message *reply) noexcept nogil:
     cdef int status = 0
     w.phase = PHASE_BUILD
+    w.begun = w.executed = False
     w.attempts = 0
     w.give_up_us = 0
     w.sequence += 1
@@ -306,8 +320,8 @@ cdef int _converse(worker *w, builder build, message *reply) noexcept nogil:
         status = _advance(w, build, reply)
         if status == 0:
             status = _wait(w)
-    if w.phase == PHASE_BUILD and load_int(&w.link.link) == LINK_UP:
-        w.sequence -= 1                 # nothing was sent
+    if w.phase == PHASE_BUILD and not w.executed and load_int(&w.link.link) == LINK_UP:
+        w.sequence -= 1                 # the server has not seen this number
     return status
 
 

@@ -6,10 +6,10 @@ from libc.errno cimport EAGAIN, EINTR, EIO
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free
 
-from qtfs_client.drivers.fuse3.callers cimport fatal_signal_pending
+from qtfs_client.drivers.fuse3.callers cimport caught_signal_pending, fatal_signal_pending
 from qtfs_client.drivers.fuse3.device cimport write_reply
 from qtfs_client.drivers.fuse3.state cimport lock_wait, mount_state, pending_request, worker
-from qtfs_client.includes.fuse_abi cimport fuse_in_header
+from qtfs_client.includes.fuse_abi cimport FUSE_FLUSH, FUSE_RELEASE, FUSE_RELEASEDIR, fuse_in_header
 from qtfs_client.includes.linux cimport eventfd_write, load_i64, load_int, load_u64, pthread_mutex_lock, \
     pthread_mutex_unlock, store_u64
 from qtfs_common.transport cimport now_us
@@ -72,11 +72,14 @@ cdef void interrupt(mount_state *m, int device, uint64_t unique, uint64_t target
 cdef int _early_error(mount_state *m, pending_request *pending, int64_t now) noexcept nogil:
     """What a request that no worker has taken yet is to be answered by now; 0: nothing, it goes on waiting."""
     cdef fuse_in_header *request = <fuse_in_header *>(pending + 1)
+    if pending.answered:
+        return 0
     if load_int(&m.down) or (m.timeout_us > 0 and now - pending.since_us > m.timeout_us and
                              now - load_i64(&m.heard_us) > m.timeout_us):
         return EIO
-    if pending.interrupted_us > 0 and (now - pending.interrupted_us > CAUGHT_SIGNAL_US or
-                                       fatal_signal_pending(request.pid)):
+    if pending.interrupted_us > 0 and (fatal_signal_pending(request.pid) or
+                                       now - pending.interrupted_us > CAUGHT_SIGNAL_US and
+                                       caught_signal_pending(request.pid)):
         return EINTR
     return 0
 
@@ -89,10 +92,12 @@ cdef void answer_pending_locked(mount_state *m, int64_t now) noexcept nogil:
     while at[0] != NULL:
         pending = at[0]
         error = _early_error(m, pending, now)
-        if error == 0:
+        if error != 0:
+            write_reply(m.triage_device, (<fuse_in_header *>(pending + 1)).unique, -error, NULL, 0, NULL, 0)
+            pending.answered = (<fuse_in_header *>(pending + 1)).opcode in (FUSE_FLUSH, FUSE_RELEASE, FUSE_RELEASEDIR)
+        if error == 0 or pending.answered:
             at = &pending.next
             continue
-        write_reply(m.triage_device, (<fuse_in_header *>(pending + 1)).unique, -error, NULL, 0, NULL, 0)
         at[0] = pending.next
         m.pending_count -= 1
         m.pending_bytes -= pending.size

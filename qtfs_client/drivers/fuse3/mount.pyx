@@ -204,18 +204,24 @@ cdef class Mount:
             eventfd_write(self.m.workers[slot].link.wake_fd, 1)
         eventfd_write(self.m.event_fd, 1)
 
-    def wait(self, double timeout_s) -> None:
-        """Sleep until a channel breaks, a worker is wanted, or the mount ends."""
-        cdef pollfd fds
+    def wait(self, double timeout_s, int signals=-1) -> None:
+        """Sleep until a channel breaks, a worker is wanted, the mount ends, or the descriptor `signals` has something.
+
+        Both descriptors are read empty. `timeout_s` below 0: no timeout.
+        """
+        cdef pollfd fds[2]
         cdef int timeout_ms = <int>(timeout_s * 1000) if timeout_s >= 0 else -1
-        fds.fd = self.m.manager_fd
-        fds.events = POLLIN
+        fds[0].fd = self.m.manager_fd
+        fds[1].fd = signals
+        fds[0].events = fds[1].events = POLLIN
         with nogil:
-            poll(&fds, 1, timeout_ms)
-        try:
-            os.read(self.m.manager_fd, 8)
-        except BlockingIOError:
-            pass
+            poll(fds, 2, timeout_ms)
+        for fd in (self.m.manager_fd, signals):
+            try:
+                if fd >= 0:
+                    os.read(fd, 4096)
+            except BlockingIOError:
+                pass
 
     @property
     def stopping(self) -> bool:

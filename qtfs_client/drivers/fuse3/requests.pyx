@@ -1,6 +1,6 @@
 """From the kernel's requests to the server's: one `build_*` function for each operation.
 
-Each reads worker.request and worker.argument (at least as long as its row in operations.pyx says; whatever lies beyond
+Each reads worker.request and worker.argument (at least as long as its row in dispatch.pyx says; whatever lies beyond
 is checked here), and leaves a message in the channel's reserved room. It returns 0, or -errno to answer the kernel at
 once. It may be called again for the same request, on a fresh channel after the first one broke.
 """
@@ -27,7 +27,7 @@ cdef enum:                          # asm-generic/fcntl.h: the wire's numbers wh
 cdef void _fill_header(worker *w, uint16_t op) noexcept nogil:
     cdef header *head = <header *>w.room
     head.length = <uint32_t>w.message_bytes
-    head.op = op
+    head.op = w.asked_op = op
     head.flags = 0
     head.error = 0
     head.slot = w.slot
@@ -614,6 +614,8 @@ cdef int build_forgets(worker *w) noexcept nogil:
     cdef mount_state *m = w.mount
     cdef size_t count
     cdef uint8_t *body
+    if w.executed:
+        return -EINVAL                  # they arrived; nothing in the reply is of interest
     pthread_mutex_lock(&m.guard)
     count = min(m.forget_count, <size_t>FORGETS_AT_ONCE)
     body = begin(w, OP_FORGET, count * sizeof(forget_item), False, 0) if count > 0 else NULL

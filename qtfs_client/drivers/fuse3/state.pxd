@@ -62,6 +62,7 @@ cdef enum:                          # operation_row.flags
     MAKES_ENTRIES = 8               # READDIRPLUS
     BY_HANDLE = 16                  # allowed to everybody who got hold of a descriptor (allow_root)
     ENOSYS_MEANT = 32               # the kernel may remember ENOSYS for good
+    MUST_ARRIVE = 64                # the server has to be told, even if the kernel has been answered: locks end with it
 
 cdef struct operation_row:          # one FUSE opcode
     server serve
@@ -92,6 +93,9 @@ cdef struct worker:
     # the message to the server
     int phase
     uint64_t sequence
+    bint begun                      # bytes of the request may have reached the server under this sequence number
+    bint executed                   # the server said that it accepted this sequence number; the reply is still owed
+    uint16_t asked_op               # what the reply has to be about
     uint8_t *room                   # where it is built, in the channel
     size_t message_bytes            # without the payload
     const uint8_t *payload
@@ -116,6 +120,7 @@ cdef struct pending_request:        # read while all workers were busy; the byte
     size_t size
     int64_t since_us
     int64_t interrupted_us          # 0: not
+    bint answered                   # the kernel has its answer, but the server has still to be told
 
 cdef struct lock_wait:              # a SETLKW that the server has not granted yet
     lock_wait *next
@@ -177,3 +182,4 @@ cdef struct mount_state:
     line event
     bint event_flushing
     int64_t pinged_us
+    int64_t unanswered_us           # the first PING since the server was last heard; 0: none

@@ -41,6 +41,7 @@ cdef void _take_pending_locked(worker *w) noexcept nogil:
     m.pending_bytes -= pending.size
     memcpy(w.buffer, pending + 1, pending.size)
     w.device = m.triage_device
+    w.answered = pending.answered
     store_u64(&w.current, w.request.unique)
     store_u64(&w.interrupted, w.request.unique if pending.interrupted_us > 0 else 0)
     free(pending)
@@ -70,6 +71,7 @@ cdef void _arrive(worker *w) noexcept nogil:
     """A worker that was woken is there."""
     pthread_mutex_lock(&w.mount.guard)
     w.mount.coming -= 1
+    w.owes = w.mount.idle + w.mount.coming == 0     # until it reads: forgets go out first
     pthread_mutex_unlock(&w.mount.guard)
 
 
@@ -105,10 +107,11 @@ cdef ssize_t _read(worker *w) noexcept nogil:
     w.backlog = w.backlog + 1 if now_us() - asked_us < WAS_THERE_US else 0
     pthread_mutex_lock(&m.guard)
     m.idle -= 1
+    w.owes = m.idle + m.coming == 0     # after an error too: forgets may go out before the next read
     if got > 0:
         w.device = m.device
+        w.answered = False
         store_u64(&w.current, w.request.unique)
-        w.owes = m.idle + m.coming == 0
         if w.owes and w.backlog >= BACKLOG:
             w.backlog = 0
             w.owes = False

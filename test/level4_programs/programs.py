@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,12 +112,19 @@ class Worker:
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self.process = process
 
-    def hear(self) -> str:
+    def hear(self, timeout_s: float = 20.0) -> str:
         """Its next line; what it printed instead, if it failed."""
         assert self.process.stdout is not None
-        line = self.process.stdout.readline().decode()
-        assert line.endswith("\n") and "Traceback" not in line, line + self.process.stdout.read().decode()
-        return line.strip()
+        line, deadline = b"", time.monotonic() + timeout_s
+        while not line.endswith(b"\n"):
+            left = max(0.0, deadline - time.monotonic())
+            heard, _, _ = select.select([self.process.stdout], [], [], left)
+            assert heard, f"silent for {timeout_s:g} s: {self.process.args!r}"
+            line += (byte := os.read(self.process.stdout.fileno(), 1))
+            assert byte, line.decode()
+        assert not line.startswith(b"Traceback"), self.process.stdout.read().decode()
+        return line.decode().strip()
+
 
     def say(self, word: str = "go") -> None:
         assert self.process.stdin is not None

@@ -62,7 +62,6 @@ EXTRA_DIST = output.sh
 @pytest.mark.slow
 @over("unix-auto", "tcp-none")
 def test_configure_make_check_install_and_pack(shared: Shared, cache: str) -> None:
-    pack = "distcheck" if cache == "auto" else "dist"
     here, there = shared.here / "project", shared.there / "project"
     for name, text in PROJECT.items():
         (here / name).parent.mkdir(parents=True, exist_ok=True)
@@ -74,7 +73,9 @@ def test_configure_make_check_install_and_pack(shared: Shared, cache: str) -> No
     assert "# PASS:  2" in said and "# FAIL:  0" in said
     assert program(there / "src/count", "4") == "counting 1.2 10\n"
     program("make", "-q", "libcount.la", "count", cwd=there / "src")
-    program("make", "-s", "install", pack, cwd=here, timeout_s=90)
+    if cache == "none":
+        return
+    program("make", "-s", "install", "distcheck", cwd=here, timeout_s=90)
     assert program(shared.here / "installed/bin/count", "3") == "counting 1.2 6\n"
     _check_archive(there / "counting-1.2.tar.gz")
 

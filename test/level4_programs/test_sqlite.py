@@ -7,7 +7,7 @@ import sqlite3
 from pathlib import Path
 
 import pytest
-from programs import Shared, all_at_once, over
+from programs import Shared, all_at_once, over, worker
 
 TRANSACTIONS = 100
 #: Every tenth transaction is rolled back.
@@ -49,3 +49,17 @@ def test_writers_on_two_clients_and_on_the_server(shared: Shared, again: Shared)
     all_at_once(*(("insert", place / "base", who, TRANSACTIONS) for who, place in enumerate(places)))
     for place in places:
         judge(place / "base", 3)
+
+
+@pytest.mark.parametrize("mode", ["delete", "wal"])
+@over("unix-auto", "unix-none")
+def test_a_writer_killed_halfway(shared: Shared, mode: str) -> None:
+    """Its locks go with it, what it wrote is rolled back, and others go on."""
+    make(shared.here / "base", mode)
+    with worker("insert_halfway", shared.here / "base") as writer:
+        writer.say()
+        assert writer.hear() == "halfway"
+        writer.kill()
+    all_at_once(("insert", shared.here / "base", 0, TRANSACTIONS))
+    judge(shared.here / "base", 1)
+    judge(shared.there / "base", 1)

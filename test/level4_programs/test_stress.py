@@ -9,10 +9,9 @@ from programs import Shared, over, program
 
 GROUPS = {
     "names": "dentry dir dirdeep dirmany filename getdent link rename symlink touch chdir",
-    "data": "aiol copy-file fallocate fpunch fsize hdd iomix readahead revio seek sendfile splice sync-file",
+    "data": "aiol copy-file fallocate fpunch fsize hdd iomix mmap msync readahead revio seek sendfile",
     "attributes": "access chattr chmod chown fiemap file-ioctl fstat inode-flags mknod utime verity xattr",
     "locks": "dnotify dup fcntl flock handle inotify lease locka lockf lockofd open",
-    "memory": "mmap msync",
 }
 SECONDS = 3
 

@@ -13,7 +13,6 @@ import os
 import sqlite3
 import struct
 import sys
-import time
 
 
 def say(word: object) -> None:
@@ -137,9 +136,16 @@ def insert(path: str, who: str, transactions: str) -> None:
     base.close()
 
 
-def wait_for_ever() -> None:
-    say("ready")
-    time.sleep(1e6)
+def insert_halfway(path: str) -> None:
+    """Say so in the middle of a transaction whose pages are in the file already, and stay there."""
+    base = sqlite3.connect(path, isolation_level=None)
+    base.execute("PRAGMA cache_size = 10")
+    ready()
+    base.execute("BEGIN IMMEDIATE")
+    base.executemany("INSERT INTO entries VALUES ('lost', ?, 0, ?)", ((number, "t" * 500) for number in range(1000)))
+    base.execute("UPDATE totals SET number = -1")
+    say("halfway")
+    hear()
 
 
 if __name__ == "__main__":

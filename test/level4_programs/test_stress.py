@@ -10,7 +10,7 @@ from programs import Shared, over, program
 GROUPS = {
     "names": "dentry dir dirdeep dirmany filename getdent link rename symlink touch chdir",
     "data": "aiol copy-file fallocate fpunch fsize hdd iomix mmap msync readahead revio seek sendfile",
-    "attributes": "access chattr chmod chown fiemap file-ioctl fstat inode-flags mknod utime verity xattr",
+    "attributes": "access chattr chmod chown file-ioctl fstat inode-flags mknod utime xattr",
     "locks": "dnotify dup fcntl flock handle inotify lease locka lockf lockofd open",
 }
 SECONDS = 3
@@ -23,6 +23,6 @@ def test_stressors(shared: Shared, group: str) -> None:
     words = [word for name in GROUPS[group].split() for word in (f"--{name}", "1")]
     program(
         "stress-ng", *words, "--temp-path", shared.here, "--verify", "--timeout", f"{SECONDS}s", "--mmap-file",
-        "--mmap-bytes", "4m", "--msync-bytes", "4m", cwd=shared.here,
+        "--mmap-bytes", "4m", "--msync-bytes", "4m", "--readahead-bytes", "2m", cwd=shared.here,
     )  # fmt: skip
     assert os.listdir(shared.there) == []

@@ -10,7 +10,7 @@ from libc.string cimport memcpy, memset
 
 from qtfs_client.drivers.fuse3.callers cimport fatal_signal_pending
 from qtfs_client.drivers.fuse3.device cimport write_reply
-from qtfs_client.drivers.fuse3.exchange cimport drain, lose
+from qtfs_client.drivers.fuse3.exchange cimport drain, lose, stop
 from qtfs_client.drivers.fuse3.interrupts cimport answer_pending_locked, interrupt
 from qtfs_client.drivers.fuse3.replies cimport queue_forget
 from qtfs_client.drivers.fuse3.state cimport BUFFER_BYTES, LINK_LOST, LINK_READY, LINK_UP, PENDING_BYTES, \
@@ -340,15 +340,18 @@ cdef bint _triage_one(mount_state *m, uint8_t *buffer) noexcept nogil:
     """Read and see to one request if still nobody else does. False: triage is over, for now."""
     cdef fuse_in_header *request = <fuse_in_header *>buffer
     cdef ssize_t got = -1
-    cdef int kept = 0
+    cdef int kept = 0, error = 0
     pthread_mutex_lock(&m.guard)
     if _nobody_reads_locked(m) and _has_room_locked(m):
         # Under the guard: no worker can be about to sleep while a request is set aside for it. It does not block.
         got = read(m.triage_device, buffer, BUFFER_BYTES)
+        error = errno if got < 0 else 0
         if got >= <ssize_t>sizeof(fuse_in_header) and \
                 request.opcode not in (FUSE_FORGET, FUSE_BATCH_FORGET, FUSE_INTERRUPT):
             kept = _set_aside_locked(m, buffer, got)
     pthread_mutex_unlock(&m.guard)
+    if error == ENODEV:
+        stop(m)                         # unmounted: the workers, who wait for the server, would not learn of it
     if got < <ssize_t>sizeof(fuse_in_header) or request.len != <size_t>got:
         return False
     if kept < 0:

@@ -4,6 +4,7 @@ from qtfs_common.transport cimport message
 cdef int ask(worker *w, builder build, bint repeatable, message *reply) noexcept nogil
 cdef void ask_for_ourselves(worker *w, builder build) noexcept nogil
 cdef void lose(int manager_fd, line *link) noexcept nogil
+cdef void stop(mount_state *m) noexcept nogil
 cdef void drain(int fd) noexcept nogil
 cdef void wake_another_locked(mount_state *m) noexcept nogil
 cdef void hand_over(worker *w) noexcept nogil

@@ -12,7 +12,7 @@ Once the kernel has its answer the worker stays bound to the channel until the s
 it grants; or until the connection ends.
 """
 from libc.errno cimport EAGAIN, EINTR, EIO, ENODEV
-from libc.stdint cimport int32_t, int64_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 
 from qtfs_client.drivers.fuse3.callers cimport caught_signal_pending, fatal_signal_pending
 from qtfs_client.drivers.fuse3.device cimport reply_error
@@ -44,6 +44,18 @@ cdef void lose(int manager_fd, line *link) noexcept nogil:
     """Give up a broken channel: the manager takes it from here."""
     store_int(&link.link, LINK_LOST)
     eventfd_write(manager_fd, 1)
+
+
+cdef void stop(mount_state *m) noexcept nogil:
+    """End the mount: wake everybody who sleeps anywhere but in read(/dev/fuse), which ends with ENODEV."""
+    cdef uint32_t i
+    store_int(&m.stopping, 1)
+    pthread_mutex_lock(&m.guard)
+    for i in range(m.worker_count):
+        eventfd_write(m.workers[i].link.wake_fd, 1)
+    pthread_mutex_unlock(&m.guard)
+    eventfd_write(m.event_fd, 1)
+    eventfd_write(m.manager_fd, 1)
 
 
 # ---- who reads the device meanwhile ----------------------------------------------------------------------------------

@@ -6,9 +6,10 @@ from libc.string cimport memset
 
 from qtfs_client.drivers.fuse3.device cimport clone_device, negotiate
 from qtfs_client.drivers.fuse3.events cimport watch
+from qtfs_client.drivers.fuse3.exchange cimport stop
 from qtfs_client.drivers.fuse3.state cimport BUFFER_BYTES, CACHE_ALWAYS, CACHE_AUTO, CACHE_NONE, LINK_LOST, \
     LINK_READY, LINK_UP, line, lock_wait, mount_state, pending_request, worker
-from qtfs_client.drivers.fuse3.workers cimport stop, work
+from qtfs_client.drivers.fuse3.workers cimport work
 from qtfs_client.includes.fuse_abi cimport fuse_in_header, fuse_write_in
 from qtfs_client.includes.linux cimport EFD_CLOEXEC, EFD_NONBLOCK, O_CLOEXEC, O_RDONLY, POLLIN, close, eventfd, \
     eventfd_write, load_int, open as c_open, poll, pollfd, posix_memalign, pthread_mutex_destroy, pthread_mutex_init, \

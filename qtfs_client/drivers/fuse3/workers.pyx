@@ -6,17 +6,17 @@ another one when it is going to sleep, when its reply is late, or when requests 
 cache is warmest) is woken first.
 """
 from libc.errno cimport EAGAIN, EINTR, EIO, ENODEV, ENOENT, errno
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint64_t
 from libc.stdlib cimport free
 from libc.string cimport memcpy
 
 from qtfs_client.drivers.fuse3.dispatch cimport send_forgets, serve
-from qtfs_client.drivers.fuse3.exchange cimport drain, is_quiet, wake_another_locked
+from qtfs_client.drivers.fuse3.exchange cimport drain, is_quiet, stop, wake_another_locked
 from qtfs_client.drivers.fuse3.state cimport BACKLOG, BUFFER_BYTES, FORGETS_AT_ONCE, LINK_UP, MAX_IDLE, mount_state, \
     pending_request, worker
 from qtfs_client.includes.fuse_abi cimport fuse_in_header
-from qtfs_client.includes.linux cimport POLLIN, load_int, eventfd_write, poll, pollfd, pthread_mutex_lock, \
-    pthread_mutex_unlock, read, store_int, store_u64
+from qtfs_client.includes.linux cimport POLLIN, load_int, poll, pollfd, pthread_mutex_lock, \
+    pthread_mutex_unlock, read, store_u64
 from qtfs_common.transport cimport now_us
 
 cdef enum:
@@ -161,15 +161,3 @@ cdef void work(worker *w) noexcept nogil:
     while _work_once(w):
         pass
     stop(w.mount)
-
-
-cdef void stop(mount_state *m) noexcept nogil:
-    """End the mount: wake everybody who sleeps anywhere but in read(/dev/fuse), which ends with ENODEV."""
-    cdef uint32_t i
-    store_int(&m.stopping, 1)
-    pthread_mutex_lock(&m.guard)
-    for i in range(m.worker_count):
-        eventfd_write(m.workers[i].link.wake_fd, 1)
-    pthread_mutex_unlock(&m.guard)
-    eventfd_write(m.event_fd, 1)
-    eventfd_write(m.manager_fd, 1)

@@ -21,6 +21,8 @@ from harness.engine_process import CHECKOUT, EngineProcess
 from harness.leaks import environment, mounts_below
 from harness.waiting import wait_until
 
+from qtfs_common.addresses import Address
+
 START_TIMEOUT_S = 20.0
 STOP_TIMEOUT_S = 20.0
 _BAD_LINE = re.compile(r"ERROR|CRITICAL|Traceback|Fatal Python error|AddressSanitizer|Unraisable|Exception ignored")
@@ -29,11 +31,14 @@ _BAD_LINE = re.compile(r"ERROR|CRITICAL|Traceback|Fatal Python error|AddressSani
 class MountProcess:
     """`source` of an engine's machine mounted at `point`."""
 
-    def __init__(self, engine: EngineProcess, source: Path, point: Path, options: str = "") -> None:
+    def __init__(
+        self, engine: EngineProcess, source: Path, point: Path, options: str = "", *, through: Address | None = None
+    ) -> None:
+        """`through`: where to connect instead of the engine itself, a proxy."""
         self.engine = engine
         self.source = source
         self.point = point
-        self.options = ",".join(filter(None, (f"server={engine.address}", "foreground", options)))
+        self.options = ",".join(filter(None, (f"server={through or engine.address}", "foreground", options)))
         self.log_path = point.with_name(point.name + ".log")
         self.process: subprocess.Popen[bytes] | None = None
 

@@ -1,0 +1,230 @@
+"""A proxy between a client and an engine that knows where messages begin and end, and breaks what it is told to.
+
+    with FaultProxy(area / "proxy.sock", engine).running() as proxy:
+        proxy.fault = once("reply", "MKDIR", lambda message: Cut(at=0))
+
+`fault` is asked about every message before it is handed on, in the thread of its connection and direction: while it
+waits, the message is delayed. None lets the message through; a `Cut` ends the connection, on both sides, once so many
+bytes of the message are out. Everything that went through whole is noted in `passed`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+from harness.engine_process import EngineProcess
+
+from qtfs_client.connection import HEADER
+from qtfs_common.addresses import UnixAddress, connect_socket
+from qtfs_common.errors import QtfsError
+from qtfs_common.protocol import EVENT, OPERATION_NAMES
+
+_ATTACH = struct.Struct("<Q32sI")  # session, secret, slot
+_JOIN_S = 10.0
+
+
+@dataclass(frozen=True)
+class Message:
+    """One message on its way: a "request" or a "reply", and the slot that its connection is attached as."""
+
+    where: str
+    operation: str
+    slot: int | None
+    length: int
+    pair: Pair
+
+
+@dataclass(frozen=True)
+class Cut:
+    """End the connection after `at` bytes of the message; None: after all of it.
+
+    `stopped` is a process that is stopped meanwhile, so that it finds the bytes and the end of the connection together.
+    """
+
+    at: int | None = 0
+    stopped: int | None = None
+
+
+Fault: TypeAlias = Callable[[Message], Cut | None]
+
+
+def no_fault(message: Message) -> Cut | None:
+    return None
+
+
+def once(where: str, operation: str, cut: Callable[[Message], Cut | None]) -> Fault:
+    """A fault that strikes the first such message only."""
+    struck = threading.Event()
+
+    def fault(message: Message) -> Cut | None:
+        if (message.where, message.operation) != (where, operation) or struck.is_set():
+            return None
+        struck.set()
+        return cut(message)
+
+    return fault
+
+
+class Pair:
+    """A client's connection and ours to the engine."""
+
+    def __init__(self, client: socket.socket, server: socket.socket) -> None:
+        self.client = client
+        self.server = server
+        self.slot: int | None = None
+
+    @property
+    def is_event_channel(self) -> bool:
+        return bool(self.slot == EVENT)
+
+    def cut(self) -> None:
+        for sock in (self.client, self.server):
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+    def note_slot(self, operation: str, message: bytes) -> None:
+        if operation == "MOUNT":
+            self.slot = 0
+        elif operation == "ATTACH":
+            self.slot = _ATTACH.unpack_from(message, HEADER.size)[2]
+
+
+class FaultProxy:
+    """Listens on a Unix socket; `running()` bounds its life."""
+
+    def __init__(self, path: Path, engine: EngineProcess) -> None:
+        self.address = UnixAddress(str(path))
+        self.fault: Fault = no_fault
+        self.passed: list[tuple[str, str]] = []
+        self._engine = engine
+        self._refusing = False
+        self._guard = threading.Lock()
+        self._pairs: set[Pair] = set()
+        self._threads: list[threading.Thread] = []
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.bind(str(path))
+        self._socket.listen(128)
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[FaultProxy]:
+        self._start(self._accept)
+        try:
+            yield self
+        finally:
+            self._refusing = True
+            self._socket.shutdown(socket.SHUT_RDWR)
+            self.cut_all()
+            for thread in self._threads:
+                thread.join(_JOIN_S)
+            self._socket.close()
+
+    @contextlib.contextmanager
+    def outage(self) -> Iterator[None]:
+        """All connections are cut, and new ones refused."""
+        with self._guard:
+            self._refusing = True
+        self.cut_all()
+        try:
+            yield
+        finally:
+            self._refusing = False
+
+    def cut_all(self, wanted: Callable[[Pair], bool] = lambda pair: True) -> None:
+        with self._guard:
+            pairs = [pair for pair in self._pairs if wanted(pair)]
+        for pair in pairs:
+            pair.cut()
+
+    def count(self, where: str, operation: str) -> int:
+        """How many such messages went through whole."""
+        return self.passed.count((where, operation))
+
+    # ---- connections
+
+    def _start(self, target: Callable[..., None], *arguments: object) -> None:
+        thread = threading.Thread(target=target, args=arguments, daemon=True)
+        thread.start()
+        self._threads.append(thread)
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client = self._socket.accept()[0]
+                self._start(self._serve, client)
+
+    def _serve(self, client: socket.socket) -> None:
+        """Requests in this thread, replies in another; nothing is left open when both are done."""
+        with contextlib.suppress(OSError, QtfsError), client, connect_socket(self._engine.address, _JOIN_S) as server:
+            pair = Pair(client, server)
+            with self._guard:
+                if self._refusing:
+                    return
+                self._pairs.add(pair)
+            replies = threading.Thread(target=self._relay, args=("reply", pair), daemon=True)
+            replies.start()
+            self._relay("request", pair)
+            replies.join()
+            with self._guard:
+                self._pairs.discard(pair)
+
+    def _relay(self, where: str, pair: Pair) -> None:
+        ways = (pair.client, pair.server)
+        source, destination = ways if where == "request" else ways[::-1]
+        try:
+            with contextlib.suppress(OSError):
+                while (data := _receive(source)) and self._hand_on(where, pair, data, destination):
+                    pass
+        finally:
+            pair.cut()
+
+    def _hand_on(self, where: str, pair: Pair, data: bytes, destination: socket.socket) -> bool:
+        operation = OPERATION_NAMES[HEADER.unpack_from(data)[1]]
+        if where == "request":
+            pair.note_slot(operation, data)
+        cut = self.fault(Message(where, operation, pair.slot, len(data), pair))
+        if cut is not None:
+            with _stopped(cut.stopped):
+                destination.sendall(data[: cut.at])
+                pair.cut()
+            return False
+        destination.sendall(data)
+        self.passed.append((where, operation))
+        return True
+
+
+def _receive(source: socket.socket) -> bytes:
+    """A whole message, or nothing at the end."""
+    head = source.recv(HEADER.size, socket.MSG_WAITALL)
+    if len(head) < HEADER.size:
+        return b""
+    rest: int = HEADER.unpack(head)[0] - HEADER.size
+    body = source.recv(rest, socket.MSG_WAITALL) if rest else b""
+    return head + body if len(body) == rest else b""
+
+
+@contextlib.contextmanager
+def _stopped(pid: int | None) -> Iterator[None]:
+    if pid is None:
+        yield
+        return
+    with stopped(pid):
+        yield
+
+
+@contextlib.contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """SIGSTOP a process for the length of the body."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)

@@ -1,0 +1,129 @@
+"""Programs that use a mount, in processes of their own: `callers.py JOB ARGUMENT...`.
+
+A job says "ready", waits for a line, makes its calls, and says what came of them. Those that a signal may end
+are made directly: Python would repeat them after EINTR.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+_libc = ctypes.CDLL(None, use_errno=True)
+MIB = 1 << 20
+
+
+def say(word: object) -> None:
+    print(word, flush=True)
+
+
+def ready() -> None:
+    say("ready")
+    sys.stdin.readline()
+
+
+def outcome(result: int) -> str:
+    return "done" if result >= 0 else errno.errorcode[ctypes.get_errno()]
+
+
+def mkdir(path: str, catches: str = "") -> None:
+    """One mkdir(2); with "catches", SIGALRM has a handler that does not restart calls."""
+    if catches:
+        signal.signal(signal.SIGALRM, lambda number, frame: None)
+        signal.siginterrupt(signal.SIGALRM, True)
+    ready()
+    say(outcome(_libc.mkdir(os.fsencode(path), 0o755)))
+
+
+def write(path: str) -> None:
+    """One write(2) of "once"."""
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND)
+    ready()
+    say(outcome(_libc.write(fd, b"once", 4)))
+    os.close(fd)
+
+
+def stat(path: str) -> None:
+    ready()
+    try:
+        os.stat(path)
+        say("done")
+    except OSError as error:
+        say(errno.errorcode[error.errno or 0])
+
+
+def hold(kind: str, path: str) -> None:
+    """Hold a lock on a whole file."""
+    fd = os.open(path, os.O_RDWR)
+    if kind == "flock":
+        fcntl.flock(fd, fcntl.LOCK_EX)
+    else:
+        fcntl.lockf(fd, fcntl.LOCK_EX)
+    ready()
+
+
+def write_many(directory: str, count: str) -> None:
+    """1 MiB to each of some files, all at once; says how many calls wrote it all."""
+    fds = [os.open(f"{directory}/{number}", os.O_WRONLY | os.O_CREAT, 0o644) for number in range(int(count))]
+    for fd in fds:
+        os.pwrite(fd, b"x", 0)  # the kernel asks for capabilities first, and then no more
+    done = [0] * len(fds)
+
+    def one(number: int) -> None:
+        done[number] = os.write(fds[number], bytes([number]) * MIB)
+
+    ready()
+    in_threads([lambda number=number: one(number) for number in range(len(fds))])  # type: ignore[misc]
+    for fd in fds:
+        os.close(fd)
+    say(done.count(MIB))
+
+
+def churn(directory: str, threads: str, seconds: str) -> None:
+    """stat(2) and mkdir(2) for a while; says which errors there were."""
+    end = time.monotonic() + float(seconds)
+    errors: set[str] = set()
+
+    def one(thread: int) -> None:
+        number = 0
+        while time.monotonic() < end:
+            number += 1
+            for call, path in ((os.stat, directory), (os.mkdir, f"{directory}/{thread}-{number}")):
+                try:
+                    call(path)
+                except OSError as error:
+                    errors.add(errno.errorcode[error.errno or 0])
+
+    ready()
+    in_threads([lambda thread=thread: one(thread) for thread in range(int(threads))])  # type: ignore[misc]
+    say(",".join(sorted(errors)))
+
+
+def in_threads(jobs: list[Callable[[], None]]) -> None:
+    threads = [threading.Thread(target=job) for job in jobs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def change_mapping(path: str) -> None:
+    """Change a page in memory, and never write it oneself."""
+    with open(path, "r+b") as file:
+        pages = mmap.mmap(file.fileno(), 4096)
+    pages[:5] = b"DIRTY"
+    ready()
+
+
+JOBS = {job.__name__: job for job in (mkdir, write, stat, hold, write_many, churn, change_mapping)}
+
+if __name__ == "__main__":
+    JOBS[sys.argv[1]](*sys.argv[2:])

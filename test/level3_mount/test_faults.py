@@ -1,0 +1,522 @@
+"""What a fuse3 mount makes of broken connections, silent and dying engines, stopped and killed programs.
+
+doc/architecture.md, 4.2 and 4.3, is the promise. The connection runs through a proxy that breaks it where a test wants.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from harness.engine_process import EngineProcess, everything_below
+from harness.fault_proxy import Cut, Fault, FaultProxy, Message, once, stopped
+from harness.leaks import environment
+from harness.mounts import MountProcess
+from harness.waiting import wait_until
+from kit import in_child, outcome
+
+pytestmark = pytest.mark.root
+
+CALLERS = Path(__file__).with_name("callers.py")
+NOBODY = 65534
+CAUGHT_SIGNAL_S = 2.0  # how long a caller that caught a signal still waits for success
+
+
+# ---- programs
+
+
+class Caller:
+    """A job of callers.py: it is ready, and `go` makes it begin."""
+
+    def __init__(self, job: str, *arguments: object) -> None:
+        command = [sys.executable, "-I", "-S", str(CALLERS), job, *map(str, arguments)]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment()
+        )
+        self._said: queue.Queue[str] = queue.Queue()
+        self._reader = threading.Thread(target=self._listen, daemon=True)
+        self._reader.start()
+
+    def _listen(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self._said.put(line.rstrip("\n"))
+        self._said.put("(ended)")
+
+    def go(self) -> Caller:
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        return self
+
+    def says(self, timeout_s: float = 10.0) -> str:
+        try:
+            return self._said.get(timeout=timeout_s)
+        except queue.Empty:
+            raise AssertionError(f"{self.process.args!r} said nothing within {timeout_s:g} s") from None
+
+    def is_silent_for(self, seconds: float) -> bool:
+        """Whether it says nothing for so long: this is what is tested, not a pause."""
+        try:
+            self._said.get(timeout=seconds)
+        except queue.Empty:
+            return True
+        return False
+
+    def kill(self, timeout_s: float = 10.0) -> float:
+        """SIGKILL; how many seconds it took to die."""
+        begun = time.monotonic()
+        self.process.kill()
+        self.process.wait(timeout_s)
+        return time.monotonic() - begun
+
+    def end(self) -> None:
+        with contextlib.suppress(OSError):
+            self.process.kill()
+        self.process.wait(20)
+        for stream in (self.process.stdin, self.process.stdout):
+            assert stream is not None
+            with contextlib.suppress(BrokenPipeError):
+                stream.close()
+
+
+@contextlib.contextmanager
+def calling(job: str, *arguments: object) -> Iterator[Caller]:
+    """A caller that is ready; killed at the end."""
+    caller = Caller(job, *arguments)
+    try:
+        assert caller.says() == "ready"
+        yield caller
+    finally:
+        caller.end()
+
+
+def timed(call: Callable[[], object]) -> float:
+    begun = time.monotonic()
+    call()
+    return time.monotonic() - begun
+
+
+# ---- places
+
+
+@dataclass
+class Line:
+    """A mount (`there`) of an engine's directory (`here`) by way of a proxy."""
+
+    engine: EngineProcess
+    proxy: FaultProxy
+    mount: MountProcess
+
+    @property
+    def here(self) -> Path:
+        return self.engine.share
+
+    @property
+    def there(self) -> Path:
+        return self.mount.point
+
+
+@contextlib.contextmanager
+def connected(area: Path, options: str = "", grace_s: int = 60) -> Iterator[Line]:
+    engine = EngineProcess(area / "engine", workers=8, arguments=("--grace", str(grace_s)))
+    with engine.running(), FaultProxy(area / "proxy.sock", engine).running() as proxy:
+        mount = MountProcess(
+            engine, engine.share, area / "mnt", f"driver=fuse3,cache=auto,{options}", through=proxy.address
+        )
+        with mount.running():
+            yield Line(engine, proxy, mount)
+        if engine.process is not None:
+            wait_until(engine.is_idle, "the engine to let everything go")
+
+
+@pytest.fixture
+def line(tmp_path: Path) -> Iterator[Line]:
+    with connected(tmp_path) as made:
+        yield made
+
+
+# ---- broken connections
+
+
+def test_a_lost_reply_to_forget_answers_nothing_else(tmp_path: Path) -> None:
+    with connected(tmp_path, "threads=1") as line:
+        names = [f"{number}" for number in range(8)]
+        for name in ("gone", *names):
+            (line.there / name).touch()
+        lost = threading.Event()
+
+        def lose(message: Message) -> Cut:
+            lost.set()
+            return Cut(0)
+
+        line.proxy.fault = once("reply", "FORGET", lose)
+        os.unlink(line.there / "gone")
+        assert lost.wait(10)
+        for name in names:
+            os.unlink(line.there / name)
+            assert name not in os.listdir(line.here)
+        assert os.listdir(line.here) == []
+
+
+def _append(line: Line) -> Callable[[], None]:
+    (line.here / "f").write_bytes(b"first ")
+    fd = os.open(line.there / "f", os.O_WRONLY | os.O_APPEND)
+
+    def call() -> None:
+        try:
+            assert os.write(fd, b"once") == 4
+        finally:
+            os.close(fd)
+        assert (line.here / "f").read_bytes() == b"first once"
+
+    return call
+
+
+def _mkdir(line: Line) -> Callable[[], None]:
+    def call() -> None:
+        os.mkdir(line.there / "d")
+        assert os.listdir(line.here) == ["d"]
+
+    return call
+
+
+def _rename(line: Line) -> Callable[[], None]:
+    (line.here / "old").touch()
+
+    def call() -> None:
+        os.rename(line.there / "old", line.there / "new")
+        assert os.listdir(line.here) == ["new"]
+
+    return call
+
+
+def _unlink(line: Line) -> Callable[[], None]:
+    (line.here / "f").touch()
+
+    def call() -> None:
+        os.unlink(line.there / "f")
+        assert os.listdir(line.here) == []
+
+    return call
+
+
+def _link(line: Line) -> Callable[[], None]:
+    (line.here / "f").touch()
+
+    def call() -> None:
+        os.link(line.there / "f", line.there / "g")
+        assert sorted(os.listdir(line.here)) == ["f", "g"] and os.stat(line.here / "f").st_nlink == 2
+
+    return call
+
+
+def _break_twice(line: Line, where: str, operation: str) -> Fault:
+    """The event channel breaks and is replaced; the request's own breaks, and again as soon as it is replaced.
+
+    The client then knows of a break that it has not looked for yet, and finds it before it has sent anything.
+    """
+    slots: list[int | None] = []
+
+    def strike(message: Message) -> Cut:
+        before = line.proxy.count("reply", "ATTACH")
+        line.proxy.cut_all(lambda pair: pair.is_event_channel)
+        wait_until(lambda: line.proxy.count("reply", "ATTACH") > before, "a new event channel")
+        slots.append(message.slot)
+        return Cut(0)
+
+    first = once(where, operation, strike)
+
+    def fault(message: Message) -> Cut | None:
+        if slots and message.where == "reply" and message.operation == "ATTACH" and message.slot == slots[-1]:
+            slots.clear()
+            return Cut(None, stopped=line.mount.pid)
+        return first(message)
+
+    return fault
+
+
+@pytest.mark.parametrize("where", ["request", "reply"])
+def test_two_breaks_in_a_row_and_everything_happens_once(line: Line, where: str) -> None:
+    calls = {"WRITE": _append, "MKDIR": _mkdir, "RENAME": _rename, "UNLINK": _unlink, "LINK": _link}
+    failures = []
+    for operation, prepare in calls.items():
+        call = prepare(line)
+        before = line.proxy.count("reply", "ATTACH")
+        line.proxy.fault = _break_twice(line, where, operation)
+        try:
+            call()
+        except (AssertionError, OSError) as error:
+            failures.append(f"{operation}: {error!r}")
+        assert line.proxy.count("reply", "ATTACH") >= before + 2, f"{operation}: nothing was broken"
+        for path in line.here.iterdir():
+            path.rmdir() if path.is_dir() else path.unlink()
+        wait_until(lambda: os.listdir(line.there) == [], "the mount to be empty")
+    assert not failures
+
+
+def _cut_at(at: int, where: str, operation: str, lengths: list[int]) -> Fault:
+    def strike(message: Message) -> Cut:
+        lengths.append(message.length)
+        return Cut(at)
+
+    return once(where, operation, strike)
+
+
+def _cut_everywhere(line: Line, where: str, operation: str, call: Callable[[int], None]) -> int:
+    """Make the numbered call with each possible cut of its message; how many there were."""
+    number, lengths = 0, [0]
+    while number <= lengths[-1]:
+        line.proxy.fault = _cut_at(number, where, operation, lengths)
+        call(number)
+        assert len(lengths) == number + 2, f"{operation} {number} was not cut"
+        number += 1
+    return number
+
+
+@pytest.mark.parametrize("where", ["request", "reply"])
+def test_a_cut_at_any_byte_and_everything_happens_once(line: Line, where: str) -> None:
+    (line.there / "dirs").mkdir()
+    made = _cut_everywhere(line, where, "MKDIR", lambda number: os.mkdir(line.there / f"dirs/{number:04}"))
+    assert sorted(os.listdir(line.here / "dirs")) == [f"{number:04}" for number in range(made)]
+
+    fd = os.open(line.there / "lines", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    appended = _cut_everywhere(line, where, "WRITE", lambda number: _whole(os.write(fd, b"%04d\n" % number)))
+    os.close(fd)
+    assert (line.here / "lines").read_text() == "".join(f"{number:04}\n" for number in range(appended))
+    assert made > 64 and appended > 40
+
+
+def _whole(written: int) -> None:
+    assert written == 5
+
+
+def _is_free(kind: str, path: Path) -> bool:
+    with path.open("r+b") as file:
+        try:
+            if kind == "flock":
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            else:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+
+def test_locks_of_those_killed_in_an_outage_are_released(tmp_path: Path) -> None:
+    """Killed at once, or when the mount has given up; the server learns of it once it can be reached again."""
+    locks = [(kind, when) for kind in ("flock", "posix") for when in ("early", "late")]
+    with connected(tmp_path, "timeout=2") as line, contextlib.ExitStack() as holders:
+        held = {}
+        for kind, when in locks:
+            (line.here / f"{kind}-{when}").touch()
+            path = line.there / f"{kind}-{when}"
+            held[kind, when] = holders.enter_context(calling("hold", kind, path))
+            assert not _is_free(kind, line.here / path.name)
+        with line.proxy.outage():
+            for kind in ("flock", "posix"):
+                held[kind, "early"].process.kill()
+            wait_until(lambda: outcome(os.statvfs, line.there) == "EIO", "the mount to give up")
+            for kind in ("flock", "posix"):
+                assert held[kind, "late"].kill() < 5
+                held[kind, "early"].process.wait(5)
+            assert not any(_is_free(kind, line.here / f"{kind}-{when}") for kind, when in locks)
+        for kind, when in locks:
+            wait_until(lambda: _is_free(kind, line.here / f"{kind}-{when}"), f"{kind} of the one killed {when}")  # noqa: B023
+
+
+# ---- file systems without access control lists
+
+
+@contextlib.contextmanager
+def shared(area: Path, source: Path) -> Iterator[Path]:
+    """`source` mounted with default options."""
+    engine = EngineProcess(area / "engine", rules=everything_below(source))
+    with engine.running(), MountProcess(engine, source, area / "mnt", "driver=fuse3").running() as mount:
+        yield mount.point
+
+
+def test_proc_can_be_read_by_everybody(tmp_path: Path) -> None:
+    with shared(tmp_path, Path("/proc")) as point:
+        here = in_child(lambda: Path("/proc/version").read_text(), "/", NOBODY, NOBODY)
+        there = in_child(lambda: Path("version").read_text(), str(point), NOBODY, NOBODY)
+        assert here == there
+        assert in_child(lambda: "sched" in os.listdir("1"), str(point), NOBODY, NOBODY) is True
+        theirs = subprocess.Popen(["sleep", "60"], user=NOBODY, group=NOBODY, extra_groups=[], env=environment())
+        try:
+            there_too = in_child(lambda: os.listdir(str(theirs.pid)), str(point))
+            assert sorted(there_too) == sorted(os.listdir(f"/proc/{theirs.pid}"))
+            assert in_child(lambda: os.listdir(f"{theirs.pid}/fd"), str(point)) == os.listdir(f"/proc/{theirs.pid}/fd")
+        finally:
+            theirs.kill()
+            theirs.wait()
+
+
+def test_modes_alone_decide_where_there_are_no_lists(tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    subprocess.run(["mount", "-t", "ramfs", "ramfs", plain], check=True)
+    try:
+        (plain / "d").mkdir(mode=0o755)
+        for name, mode in (("d/all", 0o644), ("d/group", 0o640), ("d/none", 0o600)):
+            (plain / name).write_text(name)
+            (plain / name).chmod(mode)
+            os.chown(plain / name, 1001, 2001)
+        names = ("d/all", "d/group", "d/none")
+
+        def reads() -> list[str]:
+            return [outcome(Path(name).read_text) for name in names]
+
+        with shared(tmp_path, plain) as point:
+            for uid, gid in ((NOBODY, NOBODY), (1002, 2001), (1001, 2001), (0, 0)):
+                here, there = (in_child(reads, str(place), uid, gid) for place in (plain, point))
+                assert here == there, (uid, gid)
+            assert in_child(lambda: sorted(os.listdir("d")), str(point), NOBODY, NOBODY) == ["all", "group", "none"]
+    finally:
+        subprocess.run(["umount", plain], check=True)
+
+
+# ---- signals
+
+
+def test_a_program_that_was_stopped_does_not_notice(line: Line) -> None:
+    """Stopped in mkdir(2) and write(2) while the engine is, too."""
+    (line.here / "f").touch()
+    both = threading.Barrier(2, action=lambda: os.kill(line.engine.pid, signal.SIGSTOP))
+
+    def stop_engine(message: Message) -> None:
+        if message.where == "request" and message.operation in ("MKDIR", "WRITE"):
+            both.wait(10)
+
+    line.proxy.fault = stop_engine
+    with calling("mkdir", line.there / "d") as mkdir, calling("write", line.there / "f") as write:
+        callers = (mkdir.go(), write.go())
+        with contextlib.ExitStack() as going_on:
+            going_on.callback(os.kill, line.engine.pid, signal.SIGCONT)
+            wait_until(
+                lambda: both.broken or {("request", "MKDIR"), ("request", "WRITE")} <= set(line.proxy.passed), "both"
+            )
+            for caller in callers:
+                os.kill(caller.process.pid, signal.SIGSTOP)
+            silent = mkdir.is_silent_for(CAUGHT_SIGNAL_S + 1)
+            for caller in callers:
+                os.kill(caller.process.pid, signal.SIGCONT)
+            assert silent and mkdir.is_silent_for(0.2) and write.is_silent_for(0.01)
+        assert (mkdir.says(), write.says()) == ("done", "done")
+    assert (line.here / "d").is_dir() and (line.here / "f").read_bytes() == b"once"
+
+
+def _asked(line: Line) -> int:
+    return sum(where == "request" and operation != "PING" for where, operation in line.proxy.passed)
+
+
+def test_who_catches_a_signal_gets_eintr_and_who_is_killed_dies(line: Line) -> None:
+    for name in ("a", "b"):  # mkdir(2) holds its directory
+        (line.there / name).mkdir()
+    with calling("mkdir", line.there / "a/d", "catches") as catcher, calling("mkdir", line.there / "b/d") as victim:
+        before = _asked(line)
+        with stopped(line.engine.pid):
+            catcher.go()
+            victim.go()
+            wait_until(lambda: _asked(line) >= before + 2, "both calls")  # whatever each begins with
+            os.kill(catcher.process.pid, signal.SIGALRM)
+            begun = time.monotonic()
+            assert victim.kill() < 1
+            assert catcher.says() == "EINTR"
+            assert CAUGHT_SIGNAL_S - 0.1 < time.monotonic() - begun < CAUGHT_SIGNAL_S + 2.5
+
+
+# ---- an engine that does not answer, or is gone
+
+
+def _cpu_s(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _resident(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+def test_more_waits_than_can_be_put_aside(line: Line) -> None:
+    """The list takes 64 MiB. The rest stays in the kernel, whose device is then readable all the time."""
+    count, window_s = 100, 2.0
+    before = _resident(line.mount.pid)
+    with calling("write_many", line.there, count) as writers:
+        with stopped(line.engine.pid):
+            writers.go()
+            wait_until(lambda: _resident(line.mount.pid) - before > 60 << 20, "the list to be full")
+            used = _cpu_s(line.mount.pid)
+            assert writers.is_silent_for(window_s)
+            assert _cpu_s(line.mount.pid) - used < window_s / 4
+        assert writers.says(30) == str(count)
+    for number in range(count):
+        data = (line.here / str(number)).read_bytes()
+        assert len(data) == 1 << 20 and data.count(number) == len(data)
+        (line.here / str(number)).unlink()
+
+
+def test_an_engine_that_dies_under_load(line: Line) -> None:
+    """Calls may fail while nobody knows what became of them; none hangs, and then all is well."""
+    with calling("churn", line.there, 8, 3) as load:
+        load.go()
+        wait_until(lambda: line.proxy.count("reply", "MKDIR") > 100, "the load")
+        line.engine.kill()
+        line.engine.start()
+        errors = set(filter(None, load.says(20).split(",")))
+    assert errors <= {"EIO", "ESTALE"}
+    (line.there / "after").mkdir()
+    (line.there / "file").write_text("text")
+    assert (line.here / "after").is_dir() and (line.here / "file").read_text() == "text"
+
+
+@pytest.mark.parametrize("how", ["killed", "silent"])
+def test_an_engine_that_is_gone_is_an_error_after_the_timeout(tmp_path: Path, how: str) -> None:
+    # A silent engine does not hear DETACH: the session ends with its grace.
+    with connected(tmp_path, "timeout=2", grace_s=1) as line, contextlib.ExitStack() as ended:
+        caller = ended.enter_context(calling("stat", line.there / "absent"))
+        if how == "killed":
+            line.engine.kill()
+        else:
+            ended.enter_context(stopped(line.engine.pid))
+        begun = time.monotonic()
+        assert caller.go().says() == "EIO"
+        assert 1 < time.monotonic() - begun < 6
+        assert timed(line.mount.stop) < 10
+
+
+def test_without_a_timeout_calls_wait_and_can_be_killed(tmp_path: Path) -> None:
+    with connected(tmp_path, "timeout=0") as line, calling("stat", line.there / "absent") as silent:
+        with stopped(line.engine.pid):
+            assert silent.go().is_silent_for(2)
+            assert silent.kill() < 1
+        (line.there / "d").mkdir()
+        with calling("stat", line.there / "absent") as away, calling("stat", line.there / "absent") as patient:
+            with line.proxy.outage():
+                for caller in (away, patient):
+                    assert caller.go().is_silent_for(1)
+                assert away.kill() < 1
+            assert patient.says() == "ENOENT"
+
+
+def test_a_terminated_daemon_writes_back_first(line: Line) -> None:
+    (line.here / "f").write_bytes(b"\0" * 4096)
+    with calling("change_mapping", line.there / "f"):
+        process = line.mount.process
+        assert process is not None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+        line.mount.process = None
+        assert not os.path.ismount(line.there)
+        assert (line.here / "f").read_bytes()[:5] == b"DIRTY"

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from harness.engine_process import EngineProcess
+from harness.waiting import wait_until
 
 from qtfs_client.connection import HEADER
 from qtfs_common.addresses import UnixAddress, connect_socket
@@ -223,8 +224,18 @@ def _stopped(pid: int | None) -> Iterator[None]:
 @contextlib.contextmanager
 def stopped(pid: int) -> Iterator[None]:
     """SIGSTOP a process for the length of the body."""
-    os.kill(pid, signal.SIGSTOP)
+    stop(pid)
     try:
         yield
     finally:
         os.kill(pid, signal.SIGCONT)
+
+
+def stop(pid: int) -> None:
+    """SIGSTOP, and wait until all its threads have stopped: one may be running still."""
+    os.kill(pid, signal.SIGSTOP)
+    wait_until(lambda: all(_state(task) == "T" for task in Path(f"/proc/{pid}/task").iterdir()), f"{pid} to stop")
+
+
+def _state(task: Path) -> str:
+    return (task / "stat").read_text().rpartition(") ")[2][0]

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 from harness.engine_process import EngineProcess, everything_below
-from harness.fault_proxy import Cut, Fault, FaultProxy, Message, once, stopped
+from harness.fault_proxy import Cut, Fault, FaultProxy, Message, once, stop, stopped
 from harness.leaks import environment
 from harness.mounts import MountProcess
 from harness.waiting import wait_until
@@ -393,7 +393,7 @@ def test_modes_alone_decide_where_there_are_no_lists(tmp_path: Path) -> None:
 def test_a_program_that_was_stopped_does_not_notice(line: Line) -> None:
     """Stopped in mkdir(2) and write(2) while the engine is, too."""
     (line.here / "f").touch()
-    both = threading.Barrier(2, action=lambda: os.kill(line.engine.pid, signal.SIGSTOP))
+    both = threading.Barrier(2, action=lambda: stop(line.engine.pid))
 
     def stop_engine(message: Message) -> None:
         if message.where == "request" and message.operation in ("MKDIR", "WRITE"):

@@ -241,7 +241,9 @@ cdef void _see_to_interrupt(worker *w, int64_t now) noexcept nogil:
         return
     if w.give_up_us == 0:
         w.give_up_us = now + CAUGHT_SIGNAL_US
-    if fatal_signal_pending(w.request.pid) or now >= w.give_up_us and caught_signal_pending(w.request.pid):
+    # A FLUSH that is overtaken could end the locks of a process to come with the same lock owner: it gets its time.
+    if fatal_signal_pending(w.request.pid) and (now >= w.give_up_us or not _has_to_arrive(w)) or \
+            now >= w.give_up_us and caught_signal_pending(w.request.pid):
         _answer_early(w, EINTR)
 
 

@@ -27,7 +27,7 @@ cdef enum:
     SLICE_US = 1000000              # longest sleep between two looks at interrupts and timeouts
     CAUGHT_SIGNAL_US = 2000000      # how long a caller that caught a signal still waits for success
     MAX_ATTEMPTS = 8                # of one request, over connections that break one after the other
-    PATIENCE_US = 40                # how long the next request may have to wait for us before somebody else takes it
+    PATIENCE_US = 120               # how long the next request may have to wait for us before somebody else takes it
     SPIN_CREDIT = 8                 # spins that may fail in a row before they are taken for useless
     SPIN_RETRY = 64                 # requests until a useless spin is tried again
     DIGIT_ZERO = 48

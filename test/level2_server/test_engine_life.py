@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from harness import wire
 from harness.engine_process import TRANSPORTS, EngineProcess, everything_below
+from harness.fault_proxy import stopped
 from harness.session import Session, attach_stream, receive_exactly, stream
 from harness.waiting import wait_until
 from harness.wire import HEADER_BYTES, ROOT
@@ -167,6 +168,17 @@ def test_an_engine_starts_again_after_sigkill(own: EngineProcess) -> None:
     session.disconnect()
     with Session(own.address, own.share) as fresh:
         fresh.mkdir(ROOT, b"d")
+
+
+def test_an_engine_that_was_stopped_goes_on(own: EngineProcess) -> None:
+    """SIGCONT interrupts its wait for signals after the time of that wait is up: once, Python made nonsense of it."""
+    with Session(own.address, own.share) as session:
+        for _ in range(3):
+            with stopped(own.pid):
+                time.sleep(1.2)  # the wait takes a second at most
+            assert session.getattr(ROOT).nlink
+    own.reload(everything_below(own.share))
+    assert own.exit_status() is None
 
 
 # ---- sessions and their connections

@@ -38,7 +38,7 @@ def _open_driver(options: MountOptions) -> Driver:
 
 
 def _unmount_on_signals(driver: Driver) -> None:
-    """SIGTERM, SIGINT and SIGHUP end the mount as fusermount3 -uz does."""
+    """SIGTERM, SIGINT and SIGHUP end the mount: what is dirty is written, who still uses it gets ENOTCONN."""
 
     def unmount(_number: int, _frame: FrameType | None) -> None:
         # In a thread of its own: the one that the signal stopped may hold whatever unmounting needs.

@@ -24,7 +24,10 @@ def check_mountpoint(mountpoint: str) -> None:
         # While its daemon still dies, a mount says ECONNABORTED.
         if error.errno not in (errno.ENOTCONN, errno.ECONNABORTED) or not _is_ours(mountpoint):
             raise MountError(f"mount point {mountpoint}: {error.strerror}") from error
-        _unmount_dead(mountpoint)
+        # Its processes get ENOTCONN already; nothing is lost.
+        if complaint := _unmount_lazily(mountpoint):
+            reason = f"the mount of a dead daemon is in the way: {complaint}"
+            raise MountError(f"mount point {mountpoint}: {reason}") from error
         check_mountpoint(mountpoint)
         return
     if not os.path.isdir(mountpoint):
@@ -45,19 +48,20 @@ def _is_ours(mountpoint: str) -> bool:
     return top == _TYPE
 
 
-def _unmount_dead(mountpoint: str) -> None:
-    """Its processes get ENOTCONN already; nothing is lost."""
+def _unmount_lazily(mountpoint: str) -> str:
+    """As umount -l; what it complained of, or nothing."""
     command = ["umount", "-l", mountpoint] if os.geteuid() == 0 else ["fusermount3", "-u", "-z", mountpoint]
     done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise MountError(f"mount point {mountpoint}: the mount of a dead daemon is in the way: {done.stderr.strip()}")
+    return done.stderr.strip() or f"status {done.returncode}" if done.returncode != 0 else ""
 
 
 def wait_for_answer(options: MountOptions) -> None:
-    """Return once the server has answered through the mount. Raises MountError."""
+    """Return once the server has answered through the mount. Raises MountError, and then nothing is mounted."""
     try:
         os.statvfs(options.mountpoint)
     except OSError as error:
+        if _is_ours(options.mountpoint):
+            _unmount_lazily(options.mountpoint)
         raise MountError(f"{options.mountpoint}: mounted, but it does not answer: {error.strerror}") from error
     if not _is_ours(options.mountpoint):
         raise MountError(f"{options.mountpoint}: the daemon ended at once; the system's log may say why")

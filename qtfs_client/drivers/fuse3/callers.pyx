@@ -111,22 +111,22 @@ cdef uint64_t _mask(const char *text, const char *key) noexcept nogil:
     return 0 if at == NULL else <uint64_t>strtoull(at + strlen(key), NULL, 16)
 
 
+cdef uint64_t _deliverable(const char *text) noexcept nogil:
+    """Signals that wait for the thread or its process, and are not blocked."""
+    return (_mask(text, "\nSigPnd:") | _mask(text, "\nShdPnd:")) & ~_mask(text, "\nSigBlk:")
+
+
 cdef bint caught_signal_pending(uint32_t pid) noexcept nogil:
     """Whether a handler will run once its system call returns; not for stop signals, tracers and freezers."""
     cdef char text[STATUS_BYTES]
-    cdef uint64_t pending
     if pid == 0 or not _read_status(pid, text):
         return True
-    pending = _mask(text, "\nSigPnd:") | _mask(text, "\nShdPnd:")
-    return pending & _mask(text, "\nSigCgt:") & ~_mask(text, "\nSigBlk:") != 0
+    return _deliverable(text) & _mask(text, "\nSigCgt:") != 0
 
 
 cdef bint fatal_signal_pending(uint32_t pid) noexcept nogil:
     """Whether the thread will die of a signal once its system call returns: then nobody waits for the result."""
     cdef char text[STATUS_BYTES]
-    cdef uint64_t pending
     if pid == 0 or not _read_status(pid, text):
         return False
-    pending = _mask(text, "\nSigPnd:") | _mask(text, "\nShdPnd:")
-    pending &= ~(_mask(text, "\nSigBlk:") | _mask(text, "\nSigIgn:") | _mask(text, "\nSigCgt:") | HARMLESS)
-    return pending != 0
+    return _deliverable(text) & ~(_mask(text, "\nSigIgn:") | _mask(text, "\nSigCgt:") | HARMLESS) != 0

@@ -75,6 +75,7 @@ class MountOptions:
     run_dir: str | None = None
     log_level: str = DEFAULT_LOG_LEVEL
     foreground: bool = False
+    propagate: bool = False
     fake: bool = False
     verbose: bool = False
     namespace: str | None = None
@@ -121,6 +122,8 @@ _WORDS: Mapping[str, Mapping[str, Any]] = {
     "allow_root": {"allow_other": False, "allow_root": True},
     "noallow_other": {"allow_other": False, "allow_root": False},
     "foreground": {"foreground": True},
+    "propagate": {"propagate": True},
+    "nopropagate": {"propagate": False},
 }
 _ESCAPES = ("\\,", "\\\\", '\\"')
 _TOKEN = re.compile(r'"[^"]*"|\\.?|,|[^,\\"]+|"', re.DOTALL)
@@ -143,6 +146,7 @@ class _Words:
     sync: bool = False
     dirsync: bool = False
     foreground: bool = False
+    propagate: bool = False
     contexts: dict[str, str] = field(default_factory=dict)
 
     def kernel_flags(self, privileged: bool) -> tuple[str, ...]:
@@ -296,6 +300,8 @@ Layers = tuple[Mapping[str, Any], Mapping[str, Any]]
 
 def _assemble(command: argparse.Namespace, parsed: _Parsed, layers: Layers, privileged: bool) -> MountOptions:
     words = parsed.words
+    if words.propagate and not privileged:
+        raise OptionError("option 'propagate': only root can mount what the server mounts")
     return MountOptions(
         source=_check_source(command.source),
         mountpoint=_check_mountpoint(command.mountpoint),
@@ -313,6 +319,7 @@ def _assemble(command: argparse.Namespace, parsed: _Parsed, layers: Layers, priv
         run_dir=_pick(layers, None, "run_dir"),
         log_level=_pick(layers, DEFAULT_LOG_LEVEL, "log_level", "qtfs_log_level"),
         foreground=words.foreground,
+        propagate=words.propagate,
         fake=command.fake,
         verbose=command.verbose,
         namespace=command.namespace,

@@ -23,6 +23,7 @@ from qtfs_server.operations.locks cimport abandon_waits, cancel_wait, set_answer
     wait_for_locks
 from qtfs_server.policy cimport ALLOW_MOUNT, path_place, place, count_denial
 from qtfs_server.request cimport DEFERRED, MALFORMED, SCRATCH_BYTES
+from qtfs_server.mount_watch cimport set_teller
 from qtfs_server.nodes cimport root_enter
 from qtfs_server.session cimport session, session_new, session_unref, set_farewell
 from qtfs_server cimport descriptors as descriptors_module
@@ -37,6 +38,7 @@ import struct
 from qtfs_common import auth
 from qtfs_common.addresses import tune_socket
 from qtfs_common.protocol import OPERATION_NAMES
+from qtfs_server.mount_watch import watch_mounts
 
 cdef extern from "<sys/epoll.h>" nogil:
     enum:
@@ -225,6 +227,26 @@ cdef void _answer_wait(session *s, uint64_t tag, int error) noexcept nogil:
     if c != NULL:
         _event_reply(c, OP_SETLKW, tag, error)
         pthread_mutex_unlock(&c.send_guard)
+
+
+cdef void _tell_mounts_changed(session *s, const uint8_t *body, size_t body_bytes) noexcept nogil:
+    """Send MOUNTS_CHANGED, which nobody answers. Without an event channel the client will ask when it has one."""
+    cdef header head
+    cdef connection *c
+    memset(&head, 0, sizeof(head))
+    head.length = <uint32_t>(sizeof(header) + body_bytes)
+    head.op = OP_MOUNTS_CHANGED
+    head.slot = EVENT_SLOT
+    pthread_mutex_lock(&s.guard)
+    c = <connection *>s.event
+    if c != NULL:
+        pthread_mutex_lock(&c.send_guard)
+    pthread_mutex_unlock(&s.guard)
+    if c == NULL:
+        return
+    if not _send_all(c.ch.fd, <const uint8_t *>&head, sizeof(head)) or not _send_all(c.ch.fd, body, body_bytes):
+        shutdown(c.ch.fd, SHUT_RDWR)
+    pthread_mutex_unlock(&c.send_guard)
 
 
 cdef int _serve_event(worker *w, connection *c, const message *msg) noexcept nogil:
@@ -455,6 +477,7 @@ cdef class Server:
         _spinning_at_most = max(1, (os.cpu_count() or 1) // 2)
         set_answer(_answer_wait)
         set_farewell(abandon_waits)
+        set_teller(_tell_mounts_changed)
         self.epoll_fd = epoll_create1(EPOLL_CLOEXEC)
         self.stop_fd = eventfd(0, EFD_CLOEXEC)
         self.spare_fd = eventfd(0, EFD_CLOEXEC)
@@ -497,6 +520,10 @@ cdef class Server:
         """Body of the thread that tries waiting lock requests again; returns after `stop`."""
         with nogil:
             wait_for_locks()
+
+    def watch_mounts(self) -> None:
+        """Body of the thread that follows the mount table and lets mounts go; returns after `stop`."""
+        watch_mounts(self.stop_fd)
 
     def stop(self) -> None:
         """Let every thread finish what it is executing and return."""
@@ -577,6 +604,8 @@ cdef class Server:
             os.close(fd)
             raise MemoryError
         s.read_only = flags & MOUNT_READ_ONLY
+        s.watches_mounts = flags & MOUNT_WATCH
+        s.lets_root_go = flags & MOUNT_LET_GO
         cdef int error = root_enter(s, fd, path_place(<const char *>real))
         if error < 0:
             session_unref(s)

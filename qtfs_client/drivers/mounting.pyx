@@ -37,6 +37,12 @@ cdef extern from "<unistd.h>" nogil:
     int close(int)
     int syncfs(int)
 
+cdef extern from "<sys/mount.h>" nogil:
+    enum:
+        MNT_DETACH
+        UMOUNT_NOFOLLOW
+    int umount2(const char *, int)
+
 cdef extern from "<sched.h>" nogil:
     enum:
         CLONE_NEWNS
@@ -149,6 +155,27 @@ cdef class FuseMount:
             with nogil:
                 fuse_session_unmount(session)
                 fuse_session_destroy(session)
+
+
+    def abandon(self) -> None:
+        """End the file system where it still is, without looking for the mount point, which may be another's by now."""
+        cdef fuse_session *session
+        with self.lock:
+            session, self.session = self.session, NULL
+            if session != NULL:
+                with nogil:
+                    fuse_session_destroy(session)
+
+
+def detach(str mountpoint) -> None:
+    """umount2(2) with MNT_DETACH of whatever is mounted there. Raises OSError."""
+    cdef bytes path = os.fsencode(mountpoint)
+    cdef const char *text = path
+    cdef int status
+    with nogil:
+        status = umount2(text, MNT_DETACH | UMOUNT_NOFOLLOW)
+    if status < 0:
+        raise OSError(errno, os.strerror(errno), mountpoint)
 
 
 def enter_mount_namespace(str namespace) -> None:

@@ -14,12 +14,12 @@ from qtfs_client.drivers.fuse3.exchange cimport drain, lose, stop
 from qtfs_client.drivers.fuse3.interrupts cimport answer_pending_locked, interrupt
 from qtfs_client.drivers.fuse3.replies cimport queue_forget
 from qtfs_client.drivers.fuse3.state cimport BUFFER_BYTES, LINK_LOST, LINK_READY, LINK_UP, PENDING_BYTES, \
-    PENDING_REQUESTS, lock_wait, mount_state, pending_request, worker
+    PENDING_REQUESTS, lock_wait, mount_change, mount_state, pending_request, worker
 from qtfs_client.includes.fuse_abi cimport FUSE_BATCH_FORGET, FUSE_FORGET, FUSE_INTERRUPT, FUSE_LK_FLOCK, \
     fuse_batch_forget_in, fuse_forget_in, fuse_in_header, fuse_interrupt_in, fuse_lk_in
 from qtfs_client.includes.linux cimport POLLIN, add_int, eventfd_write, load_i64, load_int, load_u64, poll, pollfd, \
     pthread_mutex_lock, pthread_mutex_unlock, read, store_i64, store_int, store_u64
-from qtfs_common.protocol cimport EVENT_SLOT, LOCK_FLOCK, MESSAGE_REPLY, OP_CANCEL, OP_PING, OP_SETLKW, caller, header, \
+from qtfs_common.protocol cimport EVENT_SLOT, LOCK_FLOCK, MESSAGE_REPLY, OP_CANCEL, OP_MOUNTS_CHANGED, OP_PING, OP_SETLKW, caller, header, \
     lock_request
 from qtfs_common.transport cimport WAIT_READABLE, WAIT_WRITABLE, message, now_us
 
@@ -244,13 +244,37 @@ cdef void _take_message(mount_state *m, const message *got) noexcept nogil:
     pthread_mutex_unlock(&m.guard)
 
 
+cdef void _note_mounts(mount_state *m, const message *got) noexcept nogil:
+    """Keep a MOUNTS_CHANGED (NULL: there may have been some) for whoever follows the server's mounts."""
+    cdef size_t size = got.body_bytes if got != NULL else 0
+    cdef mount_change *change = <mount_change *>malloc(sizeof(mount_change) + size)
+    if change == NULL:
+        return                          # names expire by themselves
+    change.next = NULL
+    change.size = size
+    if size > 0:
+        memcpy(change + 1, got.body, size)
+    pthread_mutex_lock(&m.guard)
+    m.changes_end[0] = change
+    m.changes_end = &change.next
+    pthread_mutex_unlock(&m.guard)
+    eventfd_write(m.changes_fd, 1)
+
+
+cdef bint _is_expected(const message *got) noexcept nogil:
+    return got.head.flags & MESSAGE_REPLY or got.head.op == OP_MOUNTS_CHANGED
+
+
 cdef void _receive(mount_state *m, int64_t now) noexcept nogil:
     cdef message got
     cdef int found = m.event.ch.ops.receive(m.event.ch, &got)
-    while found == 1 and got.head.flags & MESSAGE_REPLY and not load_int(&m.stopping):
+    while found == 1 and _is_expected(&got) and not load_int(&m.stopping):
         m.unanswered_us = 0
         store_i64(&m.heard_us, now)
-        _take_message(m, &got)
+        if got.head.op == OP_MOUNTS_CHANGED:
+            _note_mounts(m, &got)
+        else:
+            _take_message(m, &got)
         found = m.event.ch.ops.receive(m.event.ch, &got)
     if found != 0:
         _lose(m)
@@ -265,6 +289,7 @@ cdef void _take_fresh(mount_state *m, int64_t now) noexcept nogil:
     store_int(&m.event.link, LINK_UP)
     m.unanswered_us = 0
     store_i64(&m.heard_us, now)
+    _note_mounts(m, NULL)
     pthread_mutex_lock(&m.guard)
     wait = m.lock_waits
     while wait != NULL:

@@ -134,6 +134,10 @@ cdef struct lock_wait:              # a SETLKW that the server has not granted y
     bint dying                      # so does its owner: whatever was granted meanwhile is to be given back
     int64_t since_us
 
+cdef struct mount_change:           # a MOUNTS_CHANGED; its body follows
+    mount_change *next
+    size_t size
+
 cdef struct mount_state:
     # fixed once the mount serves
     int device                      # /dev/fuse
@@ -152,6 +156,7 @@ cdef struct mount_state:
     int loadavg_fd
     int event_fd                    # wakes the event thread
     int manager_fd                  # wakes the manager
+    int changes_fd                  # wakes whoever follows the server's mounts
     # atomic
     int32_t stopping
     int32_t down                    # the server could not be reached for timeout_us: fail at once
@@ -178,6 +183,8 @@ cdef struct mount_state:
     size_t forget_count             # atomic too, as a hint
     size_t forget_room
     lock_wait *lock_waits
+    mount_change *changes           # not looked at yet, the oldest first
+    mount_change **changes_end
     # the event thread's own
     line event
     bint event_flushing

@@ -66,8 +66,12 @@ class EngineProcess:
         workers: int = 4,
         limits: Sequence[str] = (),
         plain: bool = False,
+        within: Sequence[str] = (),
     ) -> None:
-        """`plain`: the very command, without the socket that tells its figures; `limits`: options of prlimit(1)."""
+        """`plain`: the very command, without the socket that tells its figures; `limits`: options of prlimit(1).
+
+        `within`: a command that becomes the engine, unshare(1) for example.
+        """
         self.area = area
         self.share = area / "share"
         self.share.mkdir(parents=True, exist_ok=True)
@@ -81,6 +85,7 @@ class EngineProcess:
         self._address: Address | None = None
         self._plain = plain
         self._limits = limits
+        self.within = within
         self._allowed: list[re.Pattern[str]] = []
         self.allow(everything_below(self.share) if rules is None else rules)
 
@@ -119,7 +124,7 @@ class EngineProcess:
         limit = ["prlimit", *self._limits] if self._limits else []
         listen = str(self._address) if self._address else self.listen
         options = ["--listen", listen, "--whitelist", str(self.whitelist), "--run-dir", str(self.run_dir)]
-        return [*limit, sys.executable, *program, *options, "--workers", str(self.workers), *self.arguments]
+        return [*self.within, *limit, sys.executable, *program, *options, "--workers", str(self.workers), *self.arguments]
 
     def stop(self) -> None:
         """SIGTERM; the exit status must be 0. Harmless if it does not run."""

@@ -20,6 +20,8 @@ def check_mountpoint(mountpoint: str) -> None:
     """See that a directory can be mounted on; what a dead daemon left there is unmounted first. Raises MountError."""
     try:
         found = os.stat(mountpoint)
+        if _is_ours(mountpoint):
+            os.statvfs(mountpoint)  # attributes may still be cached
     except OSError as error:
         # While its daemon still dies, a mount says ECONNABORTED.
         if error.errno not in (errno.ENOTCONN, errno.ECONNABORTED) or not _is_ours(mountpoint):

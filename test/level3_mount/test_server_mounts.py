@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
@@ -22,6 +23,8 @@ from harness.waiting import wait_until
 #: The promise is 100 ms; on a machine that does other things as well, that is no bound for a test.
 SOON_S = 5.0
 STORM = 200
+#: What a FUSE mount says that was taken away while somebody used it, or whose daemon died.
+GONE = (errno.ENOTCONN, errno.ECONNABORTED, errno.ENODEV)
 MountIt = Callable[..., AbstractContextManager[MountProcess]]
 
 
@@ -215,6 +218,7 @@ def test_mounts_come_and_go_with_the_servers(server: ServerMachine, mount: Mount
         began = time.monotonic()
         server.mount_tmpfs("b", "second")
         until_mounted(here.point, "a", "b")
+        # For whoever runs this with -s.
         print(f"propagated after {time.monotonic() - began:.3f} s, mount(8) on the server included")
         assert names(here.point / "a") == {"first"} and names(here.point / "b") == {"second"}
         found = tree(here.point)
@@ -280,7 +284,7 @@ def test_a_busy_mount_goes_with_the_servers(server: ServerMachine, mount: MountI
         os.stat("f", dir_fd=busy)
         server.umount("a")
         until_mounted(here.point)
-        assert error_of(os.stat, f"/proc/self/fd/{busy}/f") in (errno.ENOTCONN, errno.ECONNABORTED, errno.ESTALE)
+        assert error_of(os.listdir, f"/proc/self/fd/{busy}") in GONE
         os.close(busy)
         server.mount_tmpfs("b", "f")
         until_mounted(here.point, "b")
@@ -307,7 +311,7 @@ def test_storms_settle(server: ServerMachine, mount: MountIt) -> None:
         wait_until(lambda: names(here.point / "b/1") == set(), "the second file system to be there")
         server.run(f"for i in $(seq {STORM}); do [ $((i % 3)) = 0 ] || umount -l b/$i; done")
         until_mounted(here.point)
-        wait_until(lambda: descriptor_count(here.pid) <= before + 8, "the descriptors to be closed")
+        wait_until(lambda: descriptor_count(here.pid) <= before + STORM // 4, "the descriptors to be closed")
 
 
 def test_what_is_unmounted_here_stays_away(server: ServerMachine, mount: MountIt) -> None:
@@ -332,7 +336,7 @@ def test_mounts_that_get_none_of_their_own(server: ServerMachine, mount: MountIt
         server.mount_tmpfs("a")
         until_mounted(here.point, "a")
         wait_until(lambda: (here.point / "file").read_text() == "above", "the mounted file")
-        server.run("umount file")
+        server.umount("file")
 
 
 def test_mounts_come_back_with_the_server(server: ServerMachine, mount: MountIt) -> None:
@@ -393,14 +397,23 @@ def test_a_signal_ends_all(started: MountProcess, number: signal.Signals) -> Non
     busy = os.open(started.point / "a/inner", os.O_PATH)
     os.kill(started.pid, number)
     has_ended(started)
-    assert error_of(os.stat, f"/proc/self/fd/{busy}/deep") in (errno.ENOTCONN, errno.ECONNABORTED)
+    assert error_of(os.listdir, f"/proc/self/fd/{busy}") in GONE
     os.close(busy)
 
 
 def test_mounting_again_after_the_daemon_was_killed(started: MountProcess, server: ServerMachine) -> None:
     started.kill()
     assert str(started.point / "a/inner") in mounts_below(str(started.point))
-    assert error_of(os.stat, started.point / "a") in (errno.ENOTCONN, errno.ECONNABORTED)
+    assert error_of(os.listdir, started.point / "a") in GONE
     with MountProcess(server, server.share, started.point, "driver=fuse3,propagate").running() as again:
+        wait_until(lambda: _answers(again.point / "a/inner"), "the new mounts", SOON_S)
         until_mounted(again.point, "a", "a/inner")
         assert names(again.point / "a/inner") == {"deep"}
+
+
+def _answers(directory: Path) -> bool:
+    """Whether the dead mounts are gone, and the new ones there."""
+    with contextlib.suppress(OSError):
+        os.listdir(directory)
+        return True
+    return False

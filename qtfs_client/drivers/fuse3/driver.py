@@ -75,6 +75,7 @@ class Fuse3Driver:
         self._mount: Mount | None = None
         self._threads: list[threading.Thread] = []
         self._lost_since: float | None = None
+        self._interruptions = 0
         self._delay_s = _RETRY_FIRST_S
         self._without_thread: int | None = None  # a worker that could not be started
 
@@ -177,6 +178,11 @@ class Fuse3Driver:
         """Counts the sessions: a server that forgot one is given another."""
         return self._epoch
 
+    @property
+    def interruptions(self) -> int:
+        """How often the server was out of reach, or forgot the session: names may have been lost then."""
+        return self._interruptions
+
     def _detach(self) -> None:
         """DETACH; without it the engine waits for us to return."""
         with contextlib.suppress(OSError, QtfsError):
@@ -265,6 +271,7 @@ class Fuse3Driver:
         except (ConnectError, HandshakeError) as error:
             if self._lost_since is None:
                 self._lost_since = time.monotonic()
+                self._interruptions += 1
                 self._delay_s = _RETRY_FIRST_S
                 log.warning("%s: trying again", error)
             timeout_s = self._options.timeout_s
@@ -288,6 +295,7 @@ class Fuse3Driver:
         )
         self._first, self._ticket = connection, ticket
         self._epoch += 1
+        self._interruptions += 1
 
     def _delay(self) -> float:
         """Back-off: how long to wait before the next attempt, in seconds."""

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 
 from qtfs_client.connection import Engine, HandshakeError, encode
 from qtfs_client.drivers import MountError
-from qtfs_client.drivers.mounting import FuseMount, detach
+from qtfs_client.drivers.mounting import FuseMount, detach, node_of
 from qtfs_client.options import MountOptions
 from qtfs_common import mountinfo, remote_calls
 from qtfs_common.errors import QtfsError
@@ -45,8 +45,6 @@ _SETTLE_S = 0.01
 _RETRY_S = 1.0
 _ANSWER_S = 5.0
 _JOIN_S = 5.0
-#: A child that is lost that soon was mounted on a name that was about to change.
-_YOUNG_S = 3.0
 _MOST_ATTEMPTS = 3
 #: What is not made a mount of its own: qtfs, or a client on the server itself would see its own mounts for ever; and
 #: what a look at it would mount.
@@ -62,8 +60,7 @@ class _Child:
     path: str  # its mount point
     driver: Fuse3Driver
     local_id: int  # in our mountinfo
-    epoch: int  # of the main mount when it was made
-    since_s: float
+    interruptions: int  # of the main mount when it was made
     thread: threading.Thread | None = None  # None: nobody has used it yet
 
     @property
@@ -260,9 +257,8 @@ class Follower:
 
     def _lose(self, lost: list[_Child]) -> None:
         for child in lost:
-            attempts = self._attempts.get(child.key, 0)
-            is_young = time.monotonic() - child.since_s < _YOUNG_S and attempts < _MOST_ATTEMPTS
-            if not is_young and child.epoch == self._main.epoch:
+            # While the server is out of reach the kernel drops names, and unmounts what is on them.
+            if child.interruptions == self._main.interruptions:
                 self._dismissed.add(child.key)
         self._remove(lost)
 
@@ -290,6 +286,7 @@ class Follower:
             if child.thread is None and _is_below(record.path, child.record.path):
                 self._wake(child)  # the way leads through it, and nobody but this thread could
         try:
+            self._look_up_again(record.path, options.mountpoint)
             if not stat.S_ISDIR(os.stat(options.mountpoint).st_mode):
                 self._dismissed.add(key)  # a file that is mounted on a file needs no mount to be seen
                 return
@@ -303,6 +300,15 @@ class Follower:
             self._children[record.path] = child
             self._listen(child.driver.mounted.device_fd, child)
 
+    def _look_up_again(self, path: bytes, mountpoint: str) -> None:
+        """See that the kernel's name for a mount point is of now. When it finds that a name leads elsewhere than it
+        thought, it unmounts what is mounted there; and what tells it to look may come to another session first.
+        """
+        above = [child for child in self._children.values() if _is_below(path, child.record.path)]
+        driver = max(above, key=lambda child: len(child.record.path)).driver if above else self._main
+        directory, name = os.path.split(mountpoint)
+        driver.mounted.expire_name(node_of(directory), os.fsencode(name))
+
     def _note_failure(self, key: tuple[bytes, int], source: str, error: Exception) -> None:
         """Try again if it may be that the server's mount was just going; otherwise say so, once."""
         if getattr(error, "errno", 0) in (errno.ENOENT, errno.ESTALE, errno.ENOTCONN) and \
@@ -315,14 +321,14 @@ class Follower:
     def _mounted(self, record: MountRecord, options: MountOptions) -> _Child:
         """A session on one of the server's mounts, mounted. Raises QtfsError, OSError."""
         slots = min(options.channels, self._main.ticket.slots)
-        epoch = self._main.epoch
+        interruptions = self._main.interruptions
         session = self._engine.mount(
             options.source, read_only=options.read_only, slots=slots, watch=True, let_go=True
         )
         driver = type(self._main)(options, self._engine, *session, is_child=True)
         try:
             driver.mount()
-            return _Child(record, options.mountpoint, driver, _local_id(options.mountpoint), epoch, time.monotonic())
+            return _Child(record, options.mountpoint, driver, _local_id(options.mountpoint), interruptions)
         except BaseException:
             driver.close()
             raise

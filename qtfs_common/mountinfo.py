@@ -35,7 +35,7 @@ def parse(line: bytes) -> Mount:
     """One line."""
     left, _, right = line.partition(b" - ")
     id_, parent, device, root, path, options = left.split(b" ")[:6]
-    kind, source, super_options = (right.split(b" ", 2) + [b"", b""])[:3]
+    kind, source, super_options = right.split(b" ", 2)  # the source may be empty
     major, _, minor = device.partition(b":")
     return Mount(
         int(id_), int(parent), int(major), int(minor), _plain(root), _plain(path), options, kind, _plain(source),
@@ -46,7 +46,8 @@ def parse(line: bytes) -> Mount:
 def read() -> dict[int, Mount]:
     """The mount table as it is now, by id, in its order."""
     with open(MOUNTINFO, "rb") as table:
-        return {mount.id: mount for mount in map(parse, table.read().splitlines())}
+        # Not splitlines(): a path may hold a carriage return.
+        return {mount.id: mount for mount in map(parse, table.read().split(b"\n")[:-1])}
 
 
 def is_below(path: bytes, directory: bytes) -> bool:

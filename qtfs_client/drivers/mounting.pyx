@@ -197,7 +197,7 @@ def node_of(str directory) -> int:
     cdef const char *text = path
     cdef uint32_t room[34]          # header and MAX_HANDLE_BYTES
     cdef file_handle *found = <file_handle *>room
-    cdef int mount_id, status
+    cdef int mount_id = 0, status
     found.handle_bytes = MAX_HANDLE_BYTES
     with nogil:
         status = name_to_handle_at(AT_FDCWD, text, found, &mount_id, 0)

@@ -124,7 +124,8 @@ class EngineProcess:
         limit = ["prlimit", *self._limits] if self._limits else []
         listen = str(self._address) if self._address else self.listen
         options = ["--listen", listen, "--whitelist", str(self.whitelist), "--run-dir", str(self.run_dir)]
-        return [*self.within, *limit, sys.executable, *program, *options, "--workers", str(self.workers), *self.arguments]
+        options += ["--workers", str(self.workers), *self.arguments]
+        return [*self.within, *limit, sys.executable, *program, *options]
 
     def stop(self) -> None:
         """SIGTERM; the exit status must be 0. Harmless if it does not run."""

@@ -1,4 +1,4 @@
-"""What the server mounts below the exported directory, seen through a mount: engine and client have their own tables."""
+"""What the server mounts below the exported directory, seen through a mount; both sides have their own tables."""
 
 from __future__ import annotations
 
@@ -170,9 +170,8 @@ def test_every_path_has_its_own_file_system(server: ServerMachine, mount: MountI
     with mount() as here:
         size = {place: os.statvfs(here.point / place) for place in ("a", "a/f", "b")}
         assert {place: s.f_frsize * s.f_blocks >> 20 for place, s in size.items()} == {"a": 8, "a/f": 8, "b": 16}
-        done = subprocess.run(
-            ["df", "-B1M", "--output=size", here.point / "a", here.point / "b"], capture_output=True, text=True, check=True
-        )
+        words = ["df", "-B1M", "--output=size", here.point / "a", here.point / "b"]
+        done = subprocess.run(words, capture_output=True, text=True, check=True)
         assert done.stdout.split()[1:] == ["8", "16"]
         same = [os.stat(server_side).st_ino for server_side in (here.point / "a/f", here.point / "b/f")]
         assert same[0] != same[1]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -416,3 +418,72 @@ def _answers(directory: Path) -> bool:
         os.listdir(directory)
         return True
     return False
+
+
+# ---- two machines
+
+
+@pytest.fixture
+def remote(tmp_path: Path) -> Iterator[ServerMachine]:
+    """A server that is reached over a network of its own, and demands a key."""
+    if shutil.which("ip") is None:
+        pytest.skip("ip(8) is not installed")
+    key = tmp_path / "key"
+    key.write_text("a key for two machines\n")
+    key.chmod(0o600)
+    number = os.getpid() % 250 + 1
+    ours, theirs, network = f"qtfs{number}a", f"qtfs{number}b", f"198.18.{number}"  # RFC 2544: no real network
+    # The link is there before the engine listens; with the engine's namespace it goes.
+    prelude = (
+        f"ip link set lo up; until ip link show {theirs} >/dev/null 2>&1; do sleep 0.02; done;"
+        f'ip addr add {network}.2/24 dev {theirs}; ip link set {theirs} up; exec "$@"'
+    )
+    words = ("unshare", "--net", "--mount", "--propagation", "private", "sh", "-euc", prelude, "sh")
+    machine = ServerMachine(tmp_path / "server", within=words, arguments=["--key-file", str(key)])
+    machine.listen = f"tcp://{network}.2:12345"
+    subprocess.run(["ip", "link", "add", ours, "type", "veth", "peer", "name", theirs], check=True)
+    try:
+        subprocess.run(["ip", "addr", "add", f"{network}.1/24", "dev", ours], check=True)
+        subprocess.run(["ip", "link", "set", ours, "up"], check=True)
+        mover = threading.Thread(target=_move_link, args=(machine, theirs))
+        mover.start()
+        with machine.running():
+            mover.join()
+            yield machine
+    finally:
+        subprocess.run(["ip", "link", "del", ours], check=False, capture_output=True)
+
+
+def _move_link(machine: ServerMachine, link: str) -> None:
+    """Give an end of the link to the machine as soon as it has a network namespace of its own."""
+    here = os.readlink("/proc/self/ns/net")
+
+    def moved() -> bool:
+        with contextlib.suppress(OSError, AssertionError):
+            if os.readlink(f"/proc/{machine.pid}/ns/net") != here:
+                return subprocess.run(["ip", "link", "set", link, "netns", str(machine.pid)], check=False).returncode == 0
+        return False
+
+    wait_until(moved, "the engine's network namespace")
+
+
+def test_two_machines(remote: ServerMachine, tmp_path: Path) -> None:
+    """Nothing is shared but the network: what is mounted over there appears here, is used, and goes."""
+    place = remote.share / "a"
+    place.mkdir()
+    remote.mount_tmpfs("a", "before")
+    options = f"driver=fuse3,propagate,key_file={tmp_path / 'key'}"
+    with MountProcess(remote, remote.share, tmp_path / "mnt", options).running() as here:
+        until_mounted(here.point, "a")
+        assert str(place) not in mounts_below(str(place)), "the server's mount is the server's"
+        (here.point / "a/written").write_text("over the network")
+        assert remote.run("cat a/written").stdout == "over the network"
+        remote.run("mkdir a/inner; mount -t tmpfs none a/inner; echo deep >a/inner/file")
+        until_mounted(here.point, "a", "a/inner")
+        assert (here.point / "a/inner/file").read_text() == "deep\n"
+        assert os.stat(here.point / "a").st_dev != os.stat(here.point / "a/inner").st_dev
+        remote.umount("a/inner")
+        until_mounted(here.point, "a")
+        remote.umount("a")
+        until_mounted(here.point)
+        assert names(here.point / "a") == set()

@@ -43,9 +43,9 @@ def parse(line: bytes) -> Mount:
     )
 
 
-def read() -> dict[int, Mount]:
-    """The mount table as it is now, by id, in its order."""
-    with open(MOUNTINFO, "rb") as table:
+def read(proc: int | None = None) -> dict[int, Mount]:
+    """The mount table as it is now, by id, in its order. `proc`: a descriptor of another /proc than that of our root."""
+    with open(MOUNTINFO if proc is None else os.open("self/mountinfo", os.O_RDONLY, dir_fd=proc), "rb") as table:
         # Not splitlines(): a path may hold a carriage return.
         return {mount.id: mount for mount in map(parse, table.read().split(b"\n")[:-1])}
 

@@ -29,8 +29,8 @@ log = logging.getLogger(__name__)
 
 #: What was not used for one to two periods is let go.
 _PERIOD_S = 0.2
-#: After a change: the next ones come together.
-_SETTLE_S = 0.01
+#: After a change the next ones come together: to look at them is to take no more than half of a processor.
+_SETTLE_S = (0.01, 0.1)
 #: Of one message; more names go in further ones.
 _MOST_BYTES = 65536
 
@@ -66,8 +66,10 @@ def watch_mounts(stop_fd: int) -> None:
                     left = True
                     due_s = time.monotonic() + _PERIOD_S
             if info.fileno() in ready:
+                began_s = time.monotonic()
                 table = _take_change(table)
-                time.sleep(_SETTLE_S)
+                least_s, most_s = _SETTLE_S
+                time.sleep(min(max(least_s, time.monotonic() - began_s), most_s))
             if left and time.monotonic() >= due_s:
                 with nogil:
                     left = let_idle_go()

@@ -222,19 +222,35 @@ cdef uint8_t *_revive_by_path(node *n) noexcept nogil:
     return copy
 
 
+cdef bint _opens_by_handle(int mount_fd, file_handle *found) noexcept nogil:
+    """Whether we may: that takes CAP_DAC_READ_SEARCH."""
+    cdef int fd = open_by_handle_at(mount_fd, found, O_PATH | O_CLOEXEC)
+    if fd >= 0:
+        close(fd)
+    return fd >= 0
+
+
+cdef uint8_t *_usable_handle(node *n, int mount_fd) noexcept nogil:
+    """The file handle of a node, if there is a descriptor of its mount and it can be opened again; or NULL."""
+    cdef file_handle *found = _file_handle(n.fd) if mount_fd >= 0 else NULL
+    if found != NULL and not _opens_by_handle(mount_fd, found):
+        free(found)
+        found = NULL
+    return <uint8_t *>found
+
+
 cdef uint8_t *_means_to_revive(session *s, node *n, uint16_t *by_path) noexcept nogil:
     """What opens a node again: a file handle, or with NODE_REVIVE_BY_PATH a path; NULL: nothing does."""
-    cdef bint reached
     cdef uint8_t *revive = NULL
+    cdef int mount_fd
     by_path[0] = 0
     if is_let_go(s, n.device):
-        reached = borrow_mount(s, n.device) >= 0
-        if reached:
+        mount_fd = borrow_mount(s, n.device)
+        revive = _usable_handle(n, mount_fd)
+        if mount_fd >= 0:
             return_mount(s, n.device)
     else:
-        reached = _mount_fd(s, n) >= 0
-    if reached:
-        revive = <uint8_t *>_file_handle(n.fd)
+        revive = _usable_handle(n, _mount_fd(s, n))
     if revive == NULL:
         revive = _revive_by_path(n)
         by_path[0] = NODE_REVIVE_BY_PATH

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from harness.server_machine import ServerMachine
+from harness.server_machine import ALONE, ServerMachine
 from harness.session import Session
 from harness.waiting import wait_until
 from harness.wire import ROOT
@@ -94,6 +94,21 @@ def test_nodes_that_were_let_go_come_back(server: ServerMachine, session: Sessio
     server.run("mv a/d a/e")
     assert session.lookup(directory, b"deeper").node == deeper
     assert session.lookup(deeper, b"f").attr.size == 2
+
+
+def test_nodes_come_back_by_path_where_handles_do_not_serve(tmp_path: Path) -> None:
+    """open_by_handle_at(2) takes a capability."""
+    within = (*ALONE, "setpriv", "--bounding-set=-dac_read_search", "--inh-caps=-dac_read_search")
+    with ServerMachine(tmp_path, within=within).running() as server:
+        for name in ("a", "b"):
+            (server.share / name).mkdir()
+            server.mount_tmpfs(name, "f")
+        with Session(server.address, server.share) as session:
+            node = session.walk("a/f").node
+            session.lookup(ROOT, b"b")
+            server.umount("b")
+            assert session.getattr(node).size == 2
+            server.umount("a")
 
 
 def test_an_open_file_holds_its_mount(server: ServerMachine, session: Session) -> None:

@@ -13,8 +13,8 @@ from qtfs_client.drivers.fuse3.device cimport write_reply
 from qtfs_client.drivers.fuse3.exchange cimport drain, lose, stop
 from qtfs_client.drivers.fuse3.interrupts cimport answer_pending_locked, interrupt
 from qtfs_client.drivers.fuse3.replies cimport queue_forget
-from qtfs_client.drivers.fuse3.state cimport BUFFER_BYTES, LINK_LOST, LINK_READY, LINK_UP, PENDING_BYTES, \
-    PENDING_REQUESTS, lock_wait, mount_change, mount_state, pending_request, worker
+from qtfs_client.drivers.fuse3.state cimport BUFFER_BYTES, LINK_LOST, LINK_READY, LINK_UP, MAX_CHANGES, \
+    PENDING_BYTES, PENDING_REQUESTS, lock_wait, mount_change, mount_state, pending_request, worker
 from qtfs_client.includes.fuse_abi cimport FUSE_BATCH_FORGET, FUSE_FORGET, FUSE_INTERRUPT, FUSE_LK_FLOCK, \
     fuse_batch_forget_in, fuse_forget_in, fuse_in_header, fuse_interrupt_in, fuse_lk_in
 from qtfs_client.includes.linux cimport POLLIN, add_int, eventfd_write, load_i64, load_int, load_u64, poll, pollfd, \
@@ -245,11 +245,16 @@ cdef void _take_message(mount_state *m, const message *got) noexcept nogil:
 
 
 cdef void _note_mounts(mount_state *m, const message *got) noexcept nogil:
-    """Keep a MOUNTS_CHANGED (NULL: there may have been some) for whoever follows the server's mounts."""
+    """Keep a MOUNTS_CHANGED (NULL: there may have been some) for whoever follows the server's mounts.
+
+    Without room the names expire by themselves.
+    """
     cdef size_t size = got.body_bytes if got != NULL else 0
-    cdef mount_change *change = <mount_change *>malloc(sizeof(mount_change) + size)
+    cdef mount_change *change = NULL
+    if m.change_count < MAX_CHANGES:
+        change = <mount_change *>malloc(sizeof(mount_change) + size)
     if change == NULL:
-        return                          # names expire by themselves
+        return
     change.next = NULL
     change.size = size
     if size > 0:
@@ -257,6 +262,7 @@ cdef void _note_mounts(mount_state *m, const message *got) noexcept nogil:
     pthread_mutex_lock(&m.guard)
     m.changes_end[0] = change
     m.changes_end = &change.next
+    m.change_count += 1
     pthread_mutex_unlock(&m.guard)
     eventfd_write(m.changes_fd, 1)
 

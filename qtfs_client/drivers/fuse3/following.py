@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING
 from qtfs_client.connection import Engine, HandshakeError, encode
 from qtfs_client.drivers import MountError
 from qtfs_client.drivers.mounting import FuseMount, detach, node_of
+from qtfs_client.mountpoint import PROC
 from qtfs_client.options import MountOptions
 from qtfs_common import mountinfo, remote_calls
 from qtfs_common.errors import QtfsError
@@ -78,7 +79,7 @@ def _local_id(path: str) -> int:
     """The number in our mountinfo of what is mounted on a path. Nobody is asked but the kernel: proc_pid_fdinfo(5)."""
     fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
     try:
-        with open(f"/proc/self/fdinfo/{fd}") as info:
+        with open(os.open(f"self/fdinfo/{fd}", os.O_RDONLY, dir_fd=PROC)) as info:
             (line,) = (line for line in info if line.startswith("mnt_id:"))
         return int(line.split()[1])
     finally:
@@ -252,7 +253,7 @@ class Follower:
 
     def _see_what_is_lost(self) -> None:
         """Notice children that are no longer mounted: taken away by somebody, or by the kernel with a changed name."""
-        here = mountinfo.read()
+        here = mountinfo.read(PROC)
         self._lose([child for child in self._children.values() if child.local_id not in here])
 
     def _lose(self, lost: list[_Child]) -> None:

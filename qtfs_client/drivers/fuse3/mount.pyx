@@ -262,6 +262,7 @@ cdef class Mount:
         change = self.m.changes
         self.m.changes = NULL
         self.m.changes_end = &self.m.changes
+        self.m.change_count = 0
         pthread_mutex_unlock(&self.m.guard)
         while change != NULL:
             following = change.next

@@ -25,6 +25,7 @@ cdef enum:
     PENDING_REQUESTS = 4096         # set aside while all workers are busy
     PENDING_BYTES = 64 << 20
     FORGETS_AT_ONCE = 2048          # in one FORGET message
+    MAX_CHANGES = 1024              # MOUNTS_CHANGED kept; what comes beyond them would wait for the same
     MAX_FORGETS = 1 << 20           # kept for sending; more are dropped, and the server's LRU has to do
 
 cdef enum cache_mode:
@@ -185,6 +186,7 @@ cdef struct mount_state:
     lock_wait *lock_waits
     mount_change *changes           # not looked at yet, the oldest first
     mount_change **changes_end
+    size_t change_count
     # the event thread's own
     line event
     bint event_flushing

@@ -67,6 +67,7 @@ cdef enum:                          # opcodes
     FUSE_OPCODES = 64               # table size, not an opcode
 
 cdef enum:                          # error field of a message that answers nothing
+    FUSE_NOTIFY_POLL = 1
     FUSE_NOTIFY_INVAL_INODE = 2
 
 cdef enum:                          # INIT flags
@@ -95,7 +96,9 @@ cdef enum:                          # INIT flags2: bits 32 and up of the header'
 cdef enum:                          # fuse_open_out.open_flags
     FOPEN_DIRECT_IO = 1 << 0
     FOPEN_KEEP_CACHE = 1 << 1
+    FOPEN_NONSEEKABLE = 1 << 2
     FOPEN_CACHE_DIR = 1 << 3
+    FOPEN_STREAM = 1 << 4
     FOPEN_PARALLEL_DIRECT_WRITES = 1 << 6
 
 cdef enum:
@@ -105,6 +108,7 @@ cdef enum:
     FUSE_SETXATTR_ACL_KILL_SGID = 1 << 0
     FUSE_FSYNC_FDATASYNC = 1 << 0
     FUSE_RELEASE_FLOCK_UNLOCK = 1 << 1
+    FUSE_POLL_SCHEDULE_NOTIFY = 1 << 0
     FUSE_WRITE_CACHE = 1 << 0
     FUSE_WRITE_KILL_SUIDGID = 1 << 2
     FUSE_IOCTL_COMPAT = 1 << 0
@@ -246,6 +250,20 @@ cdef struct fuse_write_in:          # the data follows
     uint32_t write_flags
     uint64_t lock_owner
     uint32_t flags
+    uint32_t padding
+
+cdef struct fuse_write_out:
+    uint32_t size
+    uint32_t padding
+
+cdef struct fuse_poll_in:
+    uint64_t fh
+    uint64_t kh                     # names the open file in a notification
+    uint32_t flags
+    uint32_t events
+
+cdef struct fuse_poll_out:
+    uint32_t revents
     uint32_t padding
 
 cdef struct fuse_fsync_in:

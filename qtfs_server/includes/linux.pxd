@@ -74,6 +74,10 @@ cdef extern from "<sys/stat.h>" nogil:
         S_IFREG
         S_IFDIR
         S_IFLNK
+        S_IFIFO
+        S_IFCHR
+        S_IFBLK
+        S_IFSOCK
         S_ISGID
         S_ISUID
         STATX_BASIC_STATS

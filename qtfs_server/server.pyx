@@ -210,7 +210,7 @@ cdef int _serve_event(worker *w, connection *c, const message *msg) noexcept nog
     elif msg.head.op == OP_CANCEL and msg.body_bytes == 0:
         if not stream_cancel(c.s, msg.head.tag) and not cancel_opening(c.s, msg.head.tag):
             cancel_wait(c.s, msg.head.tag)
-    elif msg.head.op in (OP_SETLKW, OP_OPEN, OP_READ, OP_WRITE):
+    elif msg.head.op in (OP_SETLKW, OP_OPEN, OP_READ, OP_WRITE, OP_RELEASE):
         return _execute_event(w, c.s, msg)
     else:
         return -EPROTO

@@ -477,7 +477,7 @@ cdef struct ioctl_row:
 # What the numbers of <linux/fs.h>, <asm-generic/ioctls.h> and <linux/random.h> say of their arguments is all that a FUSE
 # client can carry: commands like TCGETS or BLKGETSIZE do not tell their sizes, and those with pointers inside cannot cross.
 cdef ioctl_row[18] _ioctls
-_ioctls[0] = ioctl_row(FS_IOC_GETFLAGS, 0, sizeof(int32_t), 0, False)   # the command says long, the kernel transfers an int
+_ioctls[0] = ioctl_row(FS_IOC_GETFLAGS, 0, sizeof(int32_t), 0, False) 
 _ioctls[1] = ioctl_row(FS_IOC_SETFLAGS, sizeof(int32_t), 0, ALLOW_SETATTR, False)
 _ioctls[2] = ioctl_row(FS_IOC_FSGETXATTR, 0, 28, 0, False)              # struct fsxattr
 _ioctls[3] = ioctl_row(FS_IOC_FSSETXATTR, 28, 0, ALLOW_SETATTR, False)
@@ -510,6 +510,7 @@ cdef int _ioctl(request *r, handle *h, const ioctl_row *row) noexcept nogil:
     cdef ioctl_request *body = <ioctl_request *>r.body
     cdef ioctl_reply *out = <ioctl_reply *>r.reply
     cdef uint64_t room[8]
+    cdef size_t size
     cdef int error = node_allowed(h.node, h.fd, row.needed)
     if row.needed == ALLOW_DEVICE and not is_special(h.node):
         return -ENOTTY
@@ -527,8 +528,12 @@ cdef int _ioctl(request *r, handle *h, const ioctl_row *row) noexcept nogil:
     if out.result < 0:
         return -errno
     out.reserved = 0
-    memcpy(r.reply + sizeof(ioctl_reply), room, row.out_bytes)
-    r.reply_bytes = sizeof(ioctl_reply) + row.out_bytes
+    r.reply_bytes = sizeof(ioctl_reply)
+    if row.out_bytes > 0:
+        # FS_IOC_GETFLAGS says long and transfers an int: the caller's kernel wants what it says.
+        size = min(sizeof(room), <size_t>body.out_size)
+        memcpy(r.reply + sizeof(ioctl_reply), room, size)
+        r.reply_bytes += size
     return 0
 
 

@@ -230,9 +230,12 @@ cdef void _let_wait(worker *w, uint16_t op, uint64_t done) noexcept nogil:
 
 
 cdef void _serve_open(worker *w) noexcept nogil:
-    """OPEN: a FIFO's may have to wait for the other end."""
+    """OPEN: a FIFO's may have to wait for the other end. An end that was closed before must be seen to be closed."""
     cdef message given
-    cdef int status = _ask(w, &given)
+    cdef int status
+    if w.request.nodeid & NODE_ALIAS:
+        _releases_ended(w)
+    status = _ask(w, &given)
     if status == 1 and not w.answered and given.head.error == EINPROGRESS:
         _let_wait(w, OP_OPEN, 0)
     else:

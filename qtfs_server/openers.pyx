@@ -224,7 +224,7 @@ cdef opening *_new_opening(request *r, node *n, uint32_t flags) noexcept nogil:
 cdef bint _queue(opening *job) noexcept nogil:
     """Give a job to a thread; False: there are too many."""
     global _queued, _count, _queue_length, _free_threads
-    cdef pthread_t thread
+    cdef pthread_t thread = 0
     cdef bint taken = False
     pthread_mutex_lock(&_guard)
     if _count < MAX_OPENINGS and _free_threads <= _queue_length and start_thread(_opener, &thread) == 0:

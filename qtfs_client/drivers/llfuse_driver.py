@@ -274,7 +274,7 @@ class _Operations(llfuse.Operations):
             and wants_to_open(pid)
         ):
             self._forgetter.add([(entry.node, 1)])
-            raise llfuse.FUSEError(errno.EOPNOTSUPP)
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
 
     def forget(self, lookups: list[tuple[int, int]]) -> None:
         self._forgetter.add(lookups)

@@ -1,8 +1,8 @@
 """Locks by hand: a session's handle on a file, with GETLK, SETLK and SETLKW as methods.
 
-    one.lock(WRITE, 0, 99)          # errno of SETLK
-    two.wait(WRITE, tag=7)          # SETLKW is sent
-    two.outcome()                   # (7, 0) once it is granted
+one.lock(WRITE, 0, 99)          # errno of SETLK
+two.wait(WRITE, tag=7)          # SETLKW is sent
+two.outcome()                   # (7, 0) once it is granted
 """
 
 from __future__ import annotations

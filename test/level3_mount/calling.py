@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from harness.leaks import environment
@@ -19,8 +19,9 @@ CALLERS = Path(__file__).with_name("callers.py")
 class Caller:
     """A job of callers.py: it is ready, and `go` makes it begin."""
 
-    def __init__(self, job: str, *arguments: object) -> None:
-        command = [sys.executable, "-I", "-S", str(CALLERS), job, *map(str, arguments)]
+    def __init__(self, job: str, *arguments: object, within: Sequence[str] = ()) -> None:
+        """`within`: what to put before the command, to have it run on a machine of harness.machines."""
+        command = [*within, sys.executable, "-I", "-S", str(CALLERS), job, *map(str, arguments)]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment()
         )

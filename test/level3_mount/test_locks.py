@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import os
 import signal
@@ -13,58 +12,16 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
-from calling import Caller
 from harness.engine_process import EngineProcess
 from harness.fault_proxy import FaultProxy
 from harness.leaks import environment
 from harness.mounts import MountProcess
 from harness.waiting import wait_until
+from lockers import DEADLOCK, KINDS, lockers, says_first
 
 pytestmark = pytest.mark.root
 
-KINDS = ("posix", "ofd", "flock")
 GRACE_S = 1
-#: Python may name it EDEADLOCK.
-DEADLOCK = errno.errorcode[errno.EDEADLK]
-
-
-class Locker:
-    """A process that has a file open and locks it; ranges are those of fcntl(2), 0 0 the whole file."""
-
-    def __init__(self, path: Path, kind: str = "posix") -> None:
-        self.kind = kind
-        self.caller = Caller("locks", path)
-        assert self.caller.says() == "ready"
-
-    def ask(self, what: str, waits: str, start: int = 0, length: int = 0) -> str:
-        self.order(what, waits, start, length)
-        return self.caller.says()
-
-    def lock(self, start: int = 0, length: int = 0) -> str:
-        return self.ask("w", "try", start, length)
-
-    def unlock(self) -> str:
-        return self.ask("u", "try")
-
-    def wait(self, what: str = "w", start: int = 0, length: int = 0) -> None:
-        """Begin to wait, and sleep in the kernel."""
-        self.order(what, "wait", start, length)
-        wchan = Path(f"/proc/{self.pid}/wchan")
-        # Not in the pipe that it reads its orders from, and not running. A FUSE request, a lock of the local kernel.
-        wait_until(lambda: wchan.read_text() not in ("0", "anon_pipe_read", "pipe_read"), "the process to wait")
-
-    def says(self) -> str:
-        return self.caller.says()
-
-    @property
-    def pid(self) -> int:
-        return self.caller.process.pid
-
-    def close(self) -> None:
-        assert self.caller.tell("").says() == "closed"
-
-    def order(self, what: str, waits: str, start: int, length: int) -> None:
-        self.caller.tell(f"{self.kind} {what} {waits} {start} {length}")
 
 
 @pytest.fixture(scope="module")
@@ -93,16 +50,6 @@ def places(engine: EngineProcess, mounts: list[Path], request: pytest.FixtureReq
     (engine.share / name).touch()
     yield [place / name for place in (*mounts, engine.share)]
     (engine.share / name).unlink()
-
-
-@contextmanager
-def lockers(*paths: Path, kind: str = "posix") -> Iterator[list[Locker]]:
-    with ExitStack() as stack:
-        made = []
-        for path in paths:
-            made.append(Locker(path, kind))
-            stack.callback(made[-1].caller.end)
-        yield made
 
 
 def free(path: Path, kind: str) -> bool:
@@ -207,15 +154,11 @@ def test_two_processes_that_wait_for_each_other(places: list[Path], clients: tup
         assert one.lock(0, 1) == two.lock(1, 1) == "done"
         one.wait("w", 1, 1)
         two.order("w", "wait", 0, 1)
-        told = _says_first(one, two)
+        told = says_first(one, two)
         other = two if told is one else one
         assert told.says() == DEADLOCK
         assert told.unlock() == "done"
         assert other.says() == "done"
-
-
-def _says_first(*those: Locker) -> Locker:
-    return wait_until(lambda: next((each for each in those if each.caller.has_said()), None), "one of them to be told")
 
 
 def test_a_circle_of_three_processes(places: list[Path]) -> None:
@@ -224,7 +167,7 @@ def test_a_circle_of_three_processes(places: list[Path]) -> None:
             assert each.lock(number, 1) == "done"
         for number, each in enumerate(three):
             each.order("w", "wait", (number + 1) % 3, 1)
-        told = _says_first(*three)
+        told = says_first(*three)
         assert told.says() == DEADLOCK
         assert told.unlock() == "done"
         behind = three[three.index(told) - 1]

@@ -23,6 +23,7 @@ from qtfs_common.errors import QtfsError
 
 DEFAULT_DRIVER = "auto"
 DEFAULT_CACHE = "auto"
+DEFAULT_SPECIAL = "remote"
 DEFAULT_LOG_LEVEL = "WARN"
 #: Seconds without an answer before an operation fails; 0 waits for ever.
 DEFAULT_TIMEOUT_S = 30.0
@@ -66,6 +67,7 @@ class MountOptions:
     kernel_flags: tuple[str, ...] = ()
     driver: str = DEFAULT_DRIVER
     cache: str = DEFAULT_CACHE
+    special: str = DEFAULT_SPECIAL
     allow_other: bool = False
     allow_root: bool = False
     timeout_s: float = DEFAULT_TIMEOUT_S
@@ -310,6 +312,7 @@ def _assemble(command: argparse.Namespace, parsed: _Parsed, layers: Layers, priv
         kernel_flags=words.kernel_flags(privileged),
         driver=_pick(layers, DEFAULT_DRIVER, "driver"),
         cache=_pick(layers, DEFAULT_CACHE, "cache"),
+        special=_pick(layers, DEFAULT_SPECIAL, "special"),
         allow_other=words.allow_other,
         allow_root=words.allow_root,
         timeout_s=_pick(layers, DEFAULT_TIMEOUT_S, "timeout"),

@@ -23,6 +23,7 @@ DEFAULT_CLIENT_CONFIG = "/etc/qtfs/client.toml"
 LOG_LEVELS = ("NONE", "ERROR", "WARN", "INFO", "DEBUG")
 DRIVERS = ("fuse3", "llfuse", "auto")
 CACHES = ("none", "auto", "always")
+SPECIALS = ("remote", "local")
 MAX_CONNECTIONS = 64
 MAX_WORKERS = 512
 MAX_ADDRESSES = 64
@@ -128,6 +129,7 @@ CLIENT_SCHEMA: Schema = {
     "port": _PORT,
     "driver": ((str,), _one_of(*DRIVERS)),
     "cache": ((str,), _one_of(*CACHES)),
+    "special": ((str,), _one_of(*SPECIALS)),
     "timeout": _SECONDS,
     "max_read": ((int,), _between(*MAX_READ_RANGE)),
     "log_level": _LEVEL,

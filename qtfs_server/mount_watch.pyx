@@ -6,9 +6,10 @@ Sources: proc_pid_mountinfo(5), "poll(2)" there.
 """
 from libc.stdint cimport uint8_t, uint64_t
 
-from qtfs_common.protocol cimport MAX_PATH, ROOT_NODE
+from qtfs_common.protocol cimport MAX_PATH, OP_MOUNTS_CHANGED, ROOT_NODE
 from qtfs_server.attributes cimport stat_fd
 from qtfs_server.descriptors cimport fd_path
+from qtfs_server.events cimport event_tell
 from qtfs_server.includes.linux cimport statx_t
 from qtfs_server.letting_go cimport let_idle_go
 from qtfs_server.mounts cimport holding_fd
@@ -33,14 +34,6 @@ _PERIOD_S = 0.2
 _SETTLE_S = (0.01, 0.1)
 #: Of one message; more names go in further ones.
 _MOST_BYTES = 65536
-
-cdef teller _tell = NULL
-
-
-cdef void set_teller(teller tell) noexcept:
-    """Set who sends MOUNTS_CHANGED, with that body, to the client of a session."""
-    global _tell
-    _tell = tell
 
 
 # ---- the thread ------------------------------------------------------------------------------------------------------
@@ -114,7 +107,7 @@ cdef void _send(session *s, bytes body):
     cdef const uint8_t *data = <const uint8_t *><const char *>body
     cdef size_t size = len(body)
     with nogil:
-        _tell(s, data, size)
+        event_tell(s, OP_MOUNTS_CHANGED, data, size)
 
 
 def _directory_and_name(path: bytes) -> tuple[bytes, bytes] | None:

@@ -1,6 +1,7 @@
 """Nodes of a session: by id and by (mount, inode), entered by name, with or without a descriptor.
 
-A node id is (generation << 32 | index): stale and invented ones are refused by their generation. Descriptors of nodes are
+A node id is (generation << 32 | index): stale and invented ones are refused by their generation. NODE_ALIAS bits in it
+do not matter here. Descriptors of nodes are
 a cache: when they run short the clock hand takes those not used lately and leaves a file handle (name_to_handle_at(2))
 or, where the file system has none, a path to open them by.
 """
@@ -9,7 +10,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcmp, memcpy, memset, strcpy, strrchr
 
-from qtfs_common.protocol cimport MAX_PATH, ROOT_NODE, entry
+from qtfs_common.protocol cimport MAX_PATH, NODE_ALIAS, ROOT_NODE, entry
 from qtfs_server.attributes cimport device_index, fill_attributes, find_device_locked, node_flags_locked, signature, \
     stat_fd, stat_name
 from qtfs_server.descriptors cimport close_counted, descriptor_opened, descriptors_short, fd_path, proc_path
@@ -22,6 +23,7 @@ from qtfs_server.session cimport CHUNK, MAX_NODES, NODE_IN_USE, NODE_LISTED, NOD
     NODE_REVIVE_BY_PATH, NODE_USED, NO_INDEX, grown_chunks, node, node_at, session, session_fullest, session_unref
 
 cdef enum:
+    GENERATIONS = 0x1fffffff        # the bits above are for aliases, and for clients to mark nodes of their own
     MAX_HANDLE_BYTES = 128          # MAX_HANDLE_SZ of <linux/exportfs.h>
     EVICTED_AT_ONCE = 64
 
@@ -45,7 +47,7 @@ cdef uint32_t _new_node_locked(session *s) noexcept nogil:
         s.node_chunks = chunks
         index = s.node_count
         s.node_count += 1
-        node_at(s, index).generation = s.salt
+        node_at(s, index).generation = s.salt & GENERATIONS
     s.nodes_used += 1
     return index
 
@@ -113,7 +115,7 @@ cdef uint32_t _index_locked(session *s, uint64_t id) noexcept nogil:
     cdef uint32_t index = <uint32_t>id
     if index == NO_INDEX or index >= s.node_count:
         return NO_INDEX
-    if not node_at(s, index).flags & NODE_IN_USE or _node_id(index, node_at(s, index)) != id:
+    if not node_at(s, index).flags & NODE_IN_USE or _node_id(index, node_at(s, index)) != id & ~NODE_ALIAS:
         return NO_INDEX
     return index
 
@@ -381,7 +383,8 @@ cdef int _revived_fd(session *s, node *n, const revival *by) noexcept nogil:
     else:
         fd = open_by_handle_at(by.mount_fd, by.by_handle, O_PATH | O_NOFOLLOW | O_CLOEXEC)
     if fd < 0:
-        return -errno if errno in (EMFILE, ENFILE, ENOMEM) else -ESTALE
+        # ENOMEM too: so iget_locked() says that the inode number is just being used again.
+        return -errno if errno in (EMFILE, ENFILE) else -ESTALE
     if stat_fd(fd, &st) < 0 or st.stx_ino != n.ino or (st.stx_mode & S_IFMT) != n.type:
         close(fd)
         return -ESTALE
@@ -483,7 +486,7 @@ cdef void _drop_locked(session *s, node *n) noexcept nogil:
     n.revive = NULL
     n.fd = -1
     n.flags &= NODE_LISTED
-    n.generation += 1
+    n.generation = (n.generation + 1) & GENERATIONS
     n.next = s.node_free
     s.node_free = index
     s.nodes_used -= 1

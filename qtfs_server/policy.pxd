@@ -15,6 +15,7 @@ cdef enum:                          # the order of qtfs_common.whitelist.Type
     ALLOW_SETXATTR = 1 << 10
     ALLOW_MOUNT = 1 << 11
     TYPES = 14
+    ALLOW_DEVICE = 1 << 15          # no type of its own: an Open line names this device, or a directory of /dev
 
 cdef enum:
     OFF_TRIE = 0xffff               # below this path no rule can add anything

@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 cdef struct vertex:
     uint16_t allowed
+    uint16_t here_only              # bits of `allowed` that do not reach what lies below
     uint8_t *name
     size_t name_bytes
     uint32_t first_child            # 0: none; the root is never a child
@@ -66,9 +67,11 @@ cdef place child_place(const place *parent, const uint8_t *name, size_t length) 
     if result.trie == OFF_TRIE:
         return result
     child = _find_child(r, result.trie, name, length)
-    result.trie = <uint16_t>(child or OFF_TRIE)
     if child != 0:
         result.allowed = r.vertices[child].allowed
+    else:
+        result.allowed &= ~r.vertices[result.trie].here_only
+    result.trie = <uint16_t>(child or OFF_TRIE)
     return result
 
 
@@ -95,6 +98,8 @@ cdef void count_denial(uint16_t missing) noexcept nogil:
     """Count a refusal for each missing bit and log the first of its type."""
     cdef rules *r = <rules *>atomic_load_pointer(<void **>&_rules)
     cdef int kind
+    if missing & ALLOW_DEVICE:
+        missing |= 1                    # of [Open]
     for kind in range(TYPES):
         if missing & (1 << kind):
             atomic_add_u64(&_denials[kind], 1)
@@ -122,9 +127,18 @@ cdef uint32_t _add_vertex(rules *r, uint32_t parent, bytes name):
 cdef void _inherit(rules *r, uint32_t parent) noexcept:
     cdef uint32_t child = r.vertices[parent].first_child
     while child != 0:
-        r.vertices[child].allowed |= r.vertices[parent].allowed
+        r.vertices[child].allowed |= r.vertices[parent].allowed & ~r.vertices[parent].here_only
         _inherit(r, child)
         child = r.vertices[child].next_sibling
+
+
+cdef void _name_device(vertex *named, bytes path):
+    """An Open line of /dev names all devices there. Elsewhere only the one whose path it is: who may create files below
+    an exported directory could make any device there.
+    """
+    named.allowed |= <uint16_t>ALLOW_DEVICE
+    if not (path + b"/").startswith(b"/dev/"):
+        named.here_only |= <uint16_t>ALLOW_DEVICE
 
 
 def install(whitelist: "Whitelist") -> None:
@@ -146,6 +160,8 @@ def install(whitelist: "Whitelist") -> None:
             for name in filter(None, path.split(b"/")):
                 at = _find_child(r, at, <const uint8_t *><const char *>name, len(name)) or _add_vertex(r, at, name)
             r.vertices[at].allowed |= <uint16_t>(1 << int(kind))
+            if kind == Type.OPEN:
+                _name_device(&r.vertices[at], path)
     _inherit(r, 0)
     atomic_store_pointer(<void **>&_rules, r)
     rules_moved()

@@ -1,6 +1,6 @@
-"""What the server keeps of one mount: nodes, handles, slots, lock owners.
+"""What the server keeps of one mount: nodes, handles, slots, lock owners, what its event channel has to send.
 
-Lock order: the guard of the list of all sessions, session.guard, then nothing. Both are held for table look-ups only, never over a system call that may block.
+Lock order: the guard of the list of all sessions, session.guard, session.outbox_guard, then nothing. Both are held for table look-ups only, never over a system call that may block.
 A pinned node or handle stays what it is until it is unpinned; whoever unpins an ended handle last closes it.
 """
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
@@ -46,6 +46,8 @@ cdef enum:                          # handle.flags
     HANDLE_ENDED = 4                # released; closed when its last pin goes
     HANDLE_DIRECTORY = 8
     HANDLE_APPEND = 16              # writes go to the end unless they say otherwise
+    HANDLE_STREAM = 32              # a FIFO or character device: read(2), write(2), O_NONBLOCK
+    HANDLE_POLLABLE = 64            # POLL may say something else than "always ready"
 
 cdef struct handle:
     int32_t fd
@@ -56,6 +58,7 @@ cdef struct handle:
     uint32_t flags
     node *node                      # lives as long as the handle
     int64_t position                # directories: the d_off at which fd stands
+    void *stream                    # what waits for it and watches it (streams.pxd); NULL: nothing ever did
 
 cdef struct device:                 # one mount of the server, as far as this session has met it
     uint64_t mount_id               # from Linux 6.8 on never used again: STATX_MNT_ID_UNIQUE
@@ -69,18 +72,18 @@ cdef struct device:                 # one mount of the server, as far as this se
     bint known                      # was there when the mount table was last asked for
     bint gone                       # unmounted: the entry serves again once no node lies on it
 
-cdef struct lock_owner:             # POSIX locks of one owner on one node: an open file description (F_OFD_SETLK)
-    uint64_t owner
-    node *node                      # counted among its handles
-    int32_t fd
-    lock_owner *next
-
 cdef struct slot:
     uint64_t sequence               # the last one executed
     void *connection                # who may use the slot now
     int32_t busy                    # a worker executes a request of it
     uint32_t saved_bytes
+    uint32_t saved_room
     uint8_t *saved                  # reply to it, if it must not be executed twice
+
+cdef struct outgoing:               # a message for the event channel; its bytes follow
+    outgoing *next
+    uint64_t number                 # that the client acknowledges; 0: it need not arrive
+    size_t size
 
 cdef struct session:
     uint64_t id
@@ -93,7 +96,16 @@ cdef struct session:
     bint watches_mounts             # is told when the mount table changes
     bint lets_root_go               # the root's mount is not held either
     int64_t idle_since_us           # when the last connection went
-    void *event                     # connection of the event channel
+    void *event                     # connection of the event channel; changes under both guards
+    pthread_mutex_t outbox_guard    # the event channel's output (events.pyx)
+    outgoing *outbox                # in order: sent and not acknowledged, then not sent
+    outgoing **outbox_end
+    outgoing *unsent                # the first that is not all gone
+    size_t unsent_at                # how much of it is
+    size_t outbox_bytes
+    uint64_t event_number           # of the last message that has to arrive
+    bint outbox_blocked             # listed among those that wait for room
+    session *next_blocked
     uint32_t slots
     slot *slot_table
     uint32_t salt                   # generations begin here: ids of different sessions never meet
@@ -114,14 +126,14 @@ cdef struct session:
     uint32_t *holders               # indexes of nodes whose descriptors hold mounts that are to be let go
     uint32_t holder_count
     uint32_t holder_room
-    pthread_mutex_t lock_guard      # POSIX locks and their owners; taken above guard, held over fcntl(2)
-    lock_owner *owners
+    void *lock_owners               # list of locked_files.pxd, under its guard
     session *next                   # of all there are
     session *previous
 
 ctypedef void (*session_function)(session *) noexcept nogil
 
 cdef session *session_new(uint64_t id, const uint8_t *secret, uint32_t salt, uint32_t slots) noexcept nogil
+cdef bint session_hold(session *s) noexcept nogil
 cdef void session_unref(session *s) noexcept nogil
 cdef void set_farewell(session_function farewell) noexcept nogil
 cdef session *session_fullest() noexcept nogil

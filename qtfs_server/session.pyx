@@ -65,8 +65,9 @@ cdef session *session_new(uint64_t id, const uint8_t *secret, uint32_t salt, uin
     s.slots = slots
     s.node_count = s.handle_count = 1
     s.references = 1
+    s.outbox_end = &s.outbox
     pthread_mutex_init(&s.guard, NULL)
-    pthread_mutex_init(&s.lock_guard, NULL)
+    pthread_mutex_init(&s.outbox_guard, NULL)
     _list(s)
     return s
 
@@ -98,14 +99,8 @@ cdef void _free_handles(session *s) noexcept nogil:
 
 cdef void _session_free(session *s) noexcept nogil:
     """Close and free everything; nobody holds the session any more."""
-    cdef lock_owner *owner = s.owners
-    cdef lock_owner *following
+    cdef outgoing *message
     cdef uint32_t i
-    while owner != NULL:
-        following = owner.next
-        close_counted(owner.fd)
-        free(owner)
-        owner = following
     _free_handles(s)
     _free_nodes(s)
     for i in range(s.device_count):
@@ -116,15 +111,27 @@ cdef void _session_free(session *s) noexcept nogil:
     free(s.holders)
     free(s.slot_table)
     free(s.buckets)
+    while s.outbox != NULL:
+        message = s.outbox
+        s.outbox = message.next
+        free(message)
     pthread_mutex_destroy(&s.guard)
-    pthread_mutex_destroy(&s.lock_guard)
+    pthread_mutex_destroy(&s.outbox_guard)
     free(s)
 
 
 cdef void set_farewell(session_function farewell) noexcept nogil:
-    """Set who lets go of what waits in a session's name before it is freed."""
+    """Set who lets go of what waits and of POSIX locks in a session's name before it is freed."""
     global _farewell
     _farewell = farewell
+
+
+cdef bint session_hold(session *s) noexcept nogil:
+    """Take a reference, unless the last one is gone and somebody is about to free the session."""
+    if atomic_add_int(&s.references, 1) > 1:
+        return True
+    atomic_add_int(&s.references, -1)
+    return False
 
 
 cdef void session_unref(session *s) noexcept nogil:
@@ -171,9 +178,8 @@ cdef session *session_fullest() noexcept nogil:
             most = s.open_nodes
             found = s
         s = s.next
-    if found != NULL and atomic_add_int(&found.references, 1) == 1:
-        atomic_add_int(&found.references, -1)   # somebody is about to free it, once we let go of the list
-        found = NULL
+    if found != NULL and not session_hold(found):
+        found = NULL                    # it will be freed once we let go of the list
     pthread_mutex_unlock(&_all_guard)
     return found
 

@@ -11,6 +11,10 @@ cdef extern from *:
     #endif
     """
 
+cdef extern from "<errno.h>" nogil:
+    enum:
+        EDEADLK
+
 cdef extern from "<fcntl.h>" nogil:
     enum:
         AT_FDCWD
@@ -74,6 +78,10 @@ cdef extern from "<sys/stat.h>" nogil:
         S_IFREG
         S_IFDIR
         S_IFLNK
+        S_IFIFO
+        S_IFCHR
+        S_IFBLK
+        S_IFSOCK
         S_ISGID
         S_ISUID
         STATX_BASIC_STATS

@@ -32,6 +32,7 @@ server = "tcp://127.0.0.1"
 port = 1
 driver = "llfuse"
 cache = "none"
+special = "local"
 timeout = 30
 max_read = 131072
 log_level = "INFO"

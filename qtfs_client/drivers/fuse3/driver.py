@@ -93,8 +93,11 @@ class Fuse3Driver:
             timeout_s=options.timeout_s,
             neighbour=self._engine.address.is_loopback,
             owner=os.getuid() if options.allow_root else None,
+            special_remote=options.special == "remote",
         )
         self._mount.negotiate()
+        if options.special == "remote" and not self._mount.special_remote:
+            log.warning("/proc/PID/syscall cannot be read: FIFOs and devices work as with special=local")
         if not self._mount.has_triage:
             log.warning("this kernel cannot clone /dev/fuse: signals may wait while all channels are busy")
 

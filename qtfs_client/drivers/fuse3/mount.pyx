@@ -4,11 +4,13 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
+from qtfs_client.drivers.fuse3.callers cimport callers_can_be_seen
 from qtfs_client.drivers.fuse3.device cimport clone_device, expire_name, negotiate
 from qtfs_client.drivers.fuse3.events cimport watch
 from qtfs_client.drivers.fuse3.exchange cimport stop
 from qtfs_client.drivers.fuse3.state cimport BUFFER_BYTES, CACHE_ALWAYS, CACHE_AUTO, CACHE_NONE, LINK_LOST, \
-    LINK_READY, LINK_UP, line, lock_wait, mount_change, mount_state, pending_request, worker
+    LINK_READY, LINK_UP, line, mount_change, mount_state, pending_request, worker
+from qtfs_client.drivers.fuse3.waits cimport free_waits
 from qtfs_client.drivers.fuse3.workers cimport work
 from qtfs_client.includes.fuse_abi cimport fuse_in_header, fuse_write_in
 from qtfs_client.includes.linux cimport EFD_CLOEXEC, EFD_NONBLOCK, O_CLOEXEC, O_RDONLY, POLLIN, close, eventfd, \
@@ -70,10 +72,11 @@ cdef class Mount:
         pthread_mutex_init(&self.m.guard, NULL)
 
     def __init__(self, int device, *, str cache="auto", int channels=16, double timeout_s=30.0, int spin_us=200,
-                 bint neighbour=False, owner: int | None = None):
+                 bint neighbour=False, owner: int | None = None, bint special_remote=True):
         """Take over a mounted /dev/fuse descriptor.
 
         `neighbour`: the engine runs on this machine. `owner`: the only user besides root who is let in.
+        `special_remote`: FIFOs and devices are opened on the server, where the kernel tells who wants to open.
         """
         self.connections = {}
         self.m.device = device
@@ -87,6 +90,7 @@ cdef class Mount:
         self.m.neighbour = neighbour
         self.m.deny_others = owner is not None
         self.m.owner = owner or 0
+        self.m.special_remote = special_remote and callers_can_be_seen()
         self.m.heard_us = now_us()
         self.m.loadavg_fd = c_open(b"/proc/loadavg", O_RDONLY | O_CLOEXEC)
         self.m.event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
@@ -107,20 +111,16 @@ cdef class Mount:
 
     cdef void _free_lists(self) noexcept:
         cdef pending_request *pending = self.m.pending
-        cdef lock_wait *wait = self.m.lock_waits
         cdef mount_change *change = self.m.changes
         while pending != NULL:
             self.m.pending = pending.next
             free(pending)
             pending = self.m.pending
-        while wait != NULL:
-            self.m.lock_waits = wait.next
-            free(wait)
-            wait = self.m.lock_waits
         while change != NULL:
             self.m.changes = change.next
             free(change)
             change = self.m.changes
+        free_waits(&self.m)
         free(self.m.forgets)
         self.m.forgets = NULL
 
@@ -143,6 +143,11 @@ cdef class Mount:
     def has_triage(self) -> bool:
         """Whether interrupts are seen while every worker is busy."""
         return self.m.triage_device >= 0
+
+    @property
+    def special_remote(self) -> bool:
+        """Whether opening a FIFO or device of the server opens it there."""
+        return self.m.special_remote
 
     # ---- lines ----
 

@@ -461,7 +461,8 @@ def _move_link(machine: ServerMachine, link: str) -> None:
     def moved() -> bool:
         with contextlib.suppress(OSError, AssertionError):
             if os.readlink(f"/proc/{machine.pid}/ns/net") != here:
-                return subprocess.run(["ip", "link", "set", link, "netns", str(machine.pid)], check=False).returncode == 0
+                words = ["ip", "link", "set", link, "netns", str(machine.pid)]
+                return subprocess.run(words, check=False).returncode == 0
         return False
 
     wait_until(moved, "the engine's network namespace")

@@ -10,7 +10,7 @@ from libc.string cimport memset
 from qtfs_common.protocol cimport NODE_SUBMOUNT, NODE_UNCACHED, attributes, attributes_reply
 from qtfs_server.includes.linux cimport AT_EMPTY_PATH, AT_NO_AUTOMOUNT, AT_SYMLINK_NOFOLLOW, STATX_BASIC_STATS, \
     STATX_BTIME, STATX_MNT_ID, fstatfs, makedev, pthread_mutex_lock, pthread_mutex_unlock, statfs_t, statx, statx_t
-from qtfs_server.session cimport MAX_DEVICES, device, node, session
+from qtfs_server.session cimport MAX_DEVICES, MOUNT_GONE, device, node, session
 
 cdef enum:
     STATX_WANTED = STATX_BASIC_STATS | STATX_BTIME | STATX_MNT_ID
@@ -65,23 +65,39 @@ cdef bint find_device_locked(session *s, const statx_t *st, uint32_t *out) noexc
     return False
 
 
-cdef int _add_device_locked(session *s, const statx_t *st, bint uncached, uint32_t *out) noexcept nogil:
+cdef int _free_device_locked(session *s, uint32_t *out) noexcept nogil:
+    """An entry of a mount that is gone, on which no node is left, or a new one. 0, -ENFILE or -ENOMEM."""
     cdef device *larger
-    if find_device_locked(s, st, out):
-        return 0
+    cdef uint32_t i
+    for i in range(s.device_count):
+        if s.devices[i].mount_id == MOUNT_GONE and s.devices[i].nodes == 0:
+            out[0] = i
+            return 0
     if s.device_count >= MAX_DEVICES:
         return -ENFILE
     larger = <device *>realloc(s.devices, (s.device_count + 1) * sizeof(device))
     if larger == NULL:
         return -ENOMEM
     s.devices = larger
-    larger += s.device_count
-    larger.mount_id = st.stx_mnt_id if st.stx_mask & STATX_MNT_ID else 0
-    larger.number = makedev(st.stx_dev_major, st.stx_dev_minor)
-    larger.mount_fd = -1
-    larger.uncached = uncached
     out[0] = s.device_count
     s.device_count += 1
+    return 0
+
+
+cdef int _add_device_locked(session *s, const statx_t *st, bint uncached, uint32_t *out) noexcept nogil:
+    cdef device *added
+    cdef int error = 0
+    if find_device_locked(s, st, out):
+        return 0
+    error = _free_device_locked(s, out)
+    if error < 0:
+        return error
+    added = &s.devices[out[0]]
+    memset(added, 0, sizeof(device))
+    added.mount_id = st.stx_mnt_id if st.stx_mask & STATX_MNT_ID else 0
+    added.number = makedev(st.stx_dev_major, st.stx_dev_minor)
+    added.mount_fd = -1
+    added.uncached = uncached
     return 0
 
 

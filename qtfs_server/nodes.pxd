@@ -16,6 +16,8 @@ cdef int node_enter(session *s, node *parent, const char *name, size_t name_byte
 cdef int node_enter_fd(session *s, int fd, const statx_t *st, place where, entry *out) noexcept nogil
 cdef int root_enter(session *s, int fd, place where) noexcept nogil
 cdef void evict(session *s) noexcept nogil
+cdef void release_mount(uint64_t mount_id) noexcept nogil
+cdef void mount_gone(uint64_t mount_id) noexcept nogil
 cdef int node_allowed(node *n, int fd, uint16_t needed) noexcept nogil
 cdef int child_allowed(session *s, node *parent, const uint8_t *name, size_t length, uint16_t needed,
                        place *out) noexcept nogil

@@ -7,18 +7,18 @@ or, where the file system has none, a path to open them by.
 from libc.errno cimport EACCES, EMFILE, ENFILE, ENOMEM, EROFS, ESTALE, errno
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
-from libc.string cimport memcmp, memcpy, memset, strcpy, strrchr
+from libc.string cimport memcmp, memcpy, memset, strcpy, strdup, strrchr
 
 from qtfs_common.protocol cimport MAX_PATH, ROOT_NODE, entry
 from qtfs_server.attributes cimport device_index, fill_attributes, find_device_locked, node_flags_locked, signature, \
     stat_fd, stat_name
 from qtfs_server.descriptors cimport close_counted, descriptor_opened, descriptors_short, fd_path, proc_path
-from qtfs_server.includes.linux cimport AT_EMPTY_PATH, AT_FDCWD, O_CLOEXEC, O_DIRECTORY, O_NOFOLLOW, \
-    O_NONBLOCK, O_PATH, O_RDONLY, RESOLVE_NO_SYMLINKS, S_IFDIR, S_IFMT, S_IFREG, SYS_openat2, close, file_handle, \
+from qtfs_server.includes.linux cimport AT_EMPTY_PATH, AT_FDCWD, F_DUPFD_CLOEXEC, O_CLOEXEC, O_DIRECTORY, O_NOFOLLOW, \
+    O_NONBLOCK, O_PATH, O_RDONLY, RESOLVE_NO_SYMLINKS, S_IFDIR, S_IFMT, S_IFREG, SYS_openat2, close, fcntl, file_handle, \
     name_to_handle_at, open_by_handle_at, open_how, openat, pthread_mutex_lock, pthread_mutex_unlock, statx_t, syscall
 from qtfs_server.policy cimport OFF_TRIE, child_place, count_denial, current_epoch, path_place, place
-from qtfs_server.session cimport CHUNK, MAX_NODES, NODE_IN_USE, NODE_PATHLESS, NODE_RECENT, NODE_REVIVE_BY_PATH, \
-    NO_INDEX, grown_chunks, node, node_at, session, session_fullest, session_unref
+from qtfs_server.session cimport CHUNK, MAX_NODES, MOUNT_GONE, NODE_IN_USE, NODE_PATHLESS, NODE_RECENT, \
+    NODE_REVIVE_BY_PATH, NO_INDEX, all_sessions, grown_chunks, node, node_at, session, session_fullest, session_unref
 
 cdef enum:
     MAX_HANDLE_BYTES = 128          # MAX_HANDLE_SZ of <linux/exportfs.h>
@@ -208,15 +208,18 @@ cdef uint8_t *_revive_by_path(node *n) noexcept nogil:
     return copy
 
 
-cdef bint _put_aside(session *s, node *n) noexcept nogil:
-    """Swap a node's descriptor for the means to open it again. The caller holds its only pin. False: it must stay."""
+cdef bint _put_aside(session *s, node *n, bint by_handle) noexcept nogil:
+    """Swap a node's descriptor for the means to open it again. The caller holds its only pin. False: it must stay.
+
+    `by_handle`: by file handle if it has one, which takes a descriptor on its mount.
+    """
     cdef statx_t st
     cdef uint8_t *revive = NULL
     cdef uint16_t by_path = 0
     cdef int fd = -1
     if stat_fd(n.fd, &st) < 0 or st.stx_nlink == 0:
         return False                # unlinked: the descriptor is all that keeps it
-    if _mount_fd(s, n) >= 0:
+    if by_handle and _mount_fd(s, n) >= 0:
         revive = <uint8_t *>_file_handle(n.fd)
     if revive == NULL:
         revive = _revive_by_path(n)
@@ -270,7 +273,7 @@ cdef bint _evict_one(session *s) noexcept nogil:
         n = _next_victim(s)
         if n == NULL:
             return False
-        gone = _put_aside(s, n)
+        gone = _put_aside(s, n, True)
         node_unpin(s, n)
         if gone:
             return True
@@ -295,8 +298,98 @@ cdef void evict(session *s) noexcept nogil:
         left -= 1
 
 
+cdef node *_next_on_mount(session *s, uint64_t mount_id, uint32_t *index) noexcept nogil:
+    """The first node from `index` on, but for the root, that has its descriptor there and is idle: pinned; or NULL."""
+    cdef node *n
+    cdef node *found = NULL
+    pthread_mutex_lock(&s.guard)
+    while found == NULL and index[0] < s.node_count:
+        n = node_at(s, index[0])
+        index[0] += 1
+        if n.flags & NODE_IN_USE and n.fd >= 0 and n.pins == 0 and s.devices[n.device].mount_id == mount_id:
+            n.pins += 1
+            found = n
+    pthread_mutex_unlock(&s.guard)
+    return found
+
+
+cdef void _release_mount_fd(session *s, uint32_t on_device) noexcept nogil:
+    """Close the descriptor that open_by_handle_at(2) uses, and keep its path: the mount may stay after all."""
+    cdef char path[MAX_PATH]
+    cdef char *copy = NULL
+    cdef int fd
+    pthread_mutex_lock(&s.guard)
+    fd = s.devices[on_device].mount_fd
+    if fd >= 0:
+        s.devices[on_device].mount_fd = -1
+    pthread_mutex_unlock(&s.guard)
+    if fd < 0:
+        return
+    if fd_path(fd, path, sizeof(path)) > 0:
+        copy = strdup(path)
+    pthread_mutex_lock(&s.guard)
+    free(s.devices[on_device].mount_path)
+    s.devices[on_device].mount_path = copy
+    pthread_mutex_unlock(&s.guard)
+    close_counted(fd)
+
+
+cdef bint _next_device(session *s, uint64_t mount_id, uint32_t *index) noexcept nogil:
+    """Advance to the next of the session's devices, from `index` on, that is this mount; False: there is none."""
+    cdef bint found = False
+    pthread_mutex_lock(&s.guard)
+    while not found and index[0] < s.device_count:
+        found = s.devices[index[0]].mount_id == mount_id
+        index[0] += 0 if found else 1
+    pthread_mutex_unlock(&s.guard)
+    return found
+
+
+cdef void _release_in(session *s, uint64_t mount_id) noexcept nogil:
+    cdef uint32_t index = ROOT_NODE + 1, on_device = 0
+    cdef node *n = _next_on_mount(s, mount_id, &index)
+    while n != NULL:
+        _put_aside(s, n, False)
+        node_unpin(s, n)
+        n = _next_on_mount(s, mount_id, &index)
+    while _next_device(s, mount_id, &on_device):
+        _release_mount_fd(s, on_device)
+        on_device += 1
+
+
+cdef void release_mount(uint64_t mount_id) noexcept nogil:
+    """Close what the engine, and no client, keeps open on a mount (an id of mountinfo), in all sessions.
+
+    It can be unmounted then, if no client has something open there, and unless somebody looks there meanwhile. If it
+    stays, nothing is lost.
+    """
+    cdef size_t count = 0, i
+    cdef session **sessions = all_sessions(&count)
+    for i in range(count):
+        _release_in(sessions[i], mount_id)
+        session_unref(sessions[i])
+    free(sessions)
+
+
+cdef void mount_gone(uint64_t mount_id) noexcept nogil:
+    """Note that a mount was taken away, and not lazily: its number may come again, and its nodes are stale."""
+    cdef size_t count = 0, i
+    cdef uint32_t on_device
+    cdef session **sessions = all_sessions(&count)
+    for i in range(count):
+        pthread_mutex_lock(&sessions[i].guard)
+        for on_device in range(sessions[i].device_count):
+            if sessions[i].devices[on_device].mount_id == mount_id:
+                sessions[i].devices[on_device].mount_id = MOUNT_GONE
+                free(sessions[i].devices[on_device].mount_path)
+                sessions[i].devices[on_device].mount_path = NULL
+        pthread_mutex_unlock(&sessions[i].guard)
+        session_unref(sessions[i])
+    free(sessions)
+
+
 cdef struct revival:                # a copy of what opens a put-aside node again: others may revive it meanwhile
-    int mount_fd                    # -1: by path
+    int mount_fd                    # its own; -1: by path
     char path[MAX_PATH]
     file_handle *by_handle
 
@@ -309,10 +402,10 @@ cdef int _revival_locked(session *s, node *n, revival *out) noexcept nogil:
         strcpy(out.path, <char *>n.revive)
         return 0
     size = sizeof(file_handle) + (<file_handle *>n.revive).handle_bytes
-    out.mount_fd = s.devices[n.device].mount_fd
     out.by_handle = <file_handle *>malloc(size)
     if out.by_handle == NULL:
         return -ENOMEM
+    out.mount_fd = fcntl(s.devices[n.device].mount_fd, F_DUPFD_CLOEXEC, 0)  # release_mount may close that one
     memcpy(out.by_handle, n.revive, size)
     return 0
 
@@ -350,11 +443,40 @@ cdef void _give_fd_locked(session *s, node *n, int fd, uint16_t pathless) noexce
     descriptor_opened()
 
 
+cdef void _reopen_mount(session *s, uint32_t on_device) noexcept nogil:
+    """Open what release_mount has closed again, if the mount has stayed."""
+    cdef char path[MAX_PATH]
+    cdef statx_t st
+    cdef int fd
+    cdef uint32_t found = 0
+    path[0] = 0
+    pthread_mutex_lock(&s.guard)
+    if s.devices[on_device].mount_fd < 0 and s.devices[on_device].mount_path != NULL:
+        strcpy(path, s.devices[on_device].mount_path)
+    pthread_mutex_unlock(&s.guard)
+    if path[0] == 0:
+        return
+    fd = openat(AT_FDCWD, path, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC)
+    if fd < 0:
+        return
+    pthread_mutex_lock(&s.guard)
+    if stat_fd(fd, &st) == 0 and find_device_locked(s, &st, &found) and found == on_device \
+            and s.devices[on_device].mount_fd < 0:
+        s.devices[on_device].mount_fd = fd
+        descriptor_opened()
+        fd = -1
+    pthread_mutex_unlock(&s.guard)
+    if fd >= 0:
+        close(fd)
+
+
 cdef int _revive(session *s, node *n) noexcept nogil:
     """Give a pinned node a descriptor again. 0 or -errno."""
     cdef revival by
     cdef int fd, error
     evict(s)
+    if not n.flags & NODE_REVIVE_BY_PATH:
+        _reopen_mount(s, n.device)
     pthread_mutex_lock(&s.guard)
     error = _revival_locked(s, n, &by) if n.fd < 0 else 1
     pthread_mutex_unlock(&s.guard)
@@ -370,6 +492,8 @@ cdef int _revive(session *s, node *n) noexcept nogil:
         fd = 0
     pthread_mutex_unlock(&s.guard)
     free(by.by_handle)
+    if by.mount_fd >= 0:
+        close(by.mount_fd)
     return fd
 
 
@@ -415,6 +539,7 @@ cdef void _drop_locked(session *s, node *n) noexcept nogil:
         index = _index_of(s, n)
     if n.fd >= 0:
         s.open_nodes -= 1
+    s.devices[n.device].nodes -= 1
     close_counted(n.fd)
     free(n.revive)
     n.revive = NULL
@@ -544,6 +669,7 @@ cdef uint32_t _make_locked(session *s, uint32_t on_device, const statx_t *st, pl
     n.revive = NULL
     n.flags = NODE_IN_USE
     n.where = where
+    s.devices[on_device].nodes += 1
     _link_locked(s, index)
     _rehash_locked(s)
     return index

@@ -38,6 +38,7 @@ cdef struct rules:
 cdef rules *_rules = NULL
 cdef int32_t _epoch = 1
 cdef uint64_t _denials[TYPES]
+_commands: frozenset[bytes] = frozenset()
 
 
 cdef uint32_t current_epoch() noexcept nogil:
@@ -129,7 +130,7 @@ cdef void _inherit(rules *r, uint32_t parent) noexcept:
 
 def install(whitelist: "Whitelist") -> None:
     """Put a parsed whitelist into force for all requests from now on."""
-    global _rules
+    global _rules, _commands
     cdef uint32_t at
     cdef size_t room = 1 + sum([path.count(b"/") + 1 for paths in whitelist.paths.values() for path in paths])
     cdef rules *r = <rules *>calloc(1, sizeof(rules))
@@ -148,9 +149,29 @@ def install(whitelist: "Whitelist") -> None:
             r.vertices[at].allowed |= <uint16_t>(1 << int(kind))
     _inherit(r, 0)
     atomic_store_pointer(<void **>&_rules, r)
+    _commands = frozenset(whitelist.commands)
     rules_moved()
 
 
 def denials() -> dict[str, int]:
     """How often each whitelist type refused a request since the start."""
     return {Type(kind).name: _denials[kind] for kind in range(TYPES) if _denials[kind]}
+
+
+# ---- for Python ----------------------------------------------------------------------------------------------------
+
+def granted(path: bytes) -> int:
+    """The ALLOW_* bits of an absolute, normalised path of the server: 1 << Type."""
+    return path_place(<const char *>path).allowed
+
+
+def deny(kind: "Type") -> None:
+    """Count a refusal, and log the first of its type."""
+    cdef uint16_t missing = <uint16_t>(1 << int(kind))
+    with nogil:
+        count_denial(missing)
+
+
+def listed_commands() -> frozenset[bytes]:
+    """The names of commands under [Kill]."""
+    return _commands

@@ -16,6 +16,12 @@ cdef enum:
     SAVED_REPLY_BYTES = 512         # longest reply kept for a repeated request
     NO_INDEX = 0                    # index 0 of both tables is never given out
 
+cdef extern from *:
+    """
+    #define QTFS_MOUNT_GONE UINT64_MAX
+    """
+    const uint64_t MOUNT_GONE "QTFS_MOUNT_GONE"     # device.mount_id of a mount that was taken away
+
 cdef enum:                          # node.flags
     NODE_IN_USE = 1
     NODE_RECENT = 2                 # used since the eviction hand last came by
@@ -57,8 +63,10 @@ cdef struct handle:
 cdef struct device:                 # one mount of the server, as far as this session has met it
     uint64_t mount_id
     uint64_t number                 # st_dev
+    uint32_t nodes                  # that lie on it
     int32_t mount_fd                # for open_by_handle_at; -1: not opened yet, -2: impossible
     bint uncached                   # a pseudo file system
+    char *mount_path                # where mount_fd was opened, once it was given up; NULL: it was not
 
 cdef struct lock_owner:             # POSIX locks of one owner on one node: an open file description (F_OFD_SETLK)
     uint64_t owner
@@ -111,6 +119,7 @@ cdef session *session_new(uint64_t id, const uint8_t *secret, uint32_t salt, uin
 cdef void session_unref(session *s) noexcept nogil
 cdef void set_farewell(session_function farewell) noexcept nogil
 cdef session *session_fullest() noexcept nogil
+cdef session **all_sessions(size_t *count) noexcept nogil
 cdef node *node_at(session *s, uint32_t index) noexcept nogil
 cdef handle *handle_at(session *s, uint32_t index) noexcept nogil
 cdef void **grown_chunks(void **chunks, uint32_t count, size_t item_bytes) noexcept nogil

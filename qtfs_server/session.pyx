@@ -1,6 +1,6 @@
 """Life of a session, and the chunked tables its nodes and handles are kept in."""
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free, realloc
+from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcpy
 
 from qtfs_server.descriptors cimport close_counted
@@ -110,6 +110,7 @@ cdef void _session_free(session *s) noexcept nogil:
     _free_nodes(s)
     for i in range(s.device_count):
         close_counted(s.devices[i].mount_fd)
+        free(s.devices[i].mount_path)
     for i in range(s.slots):
         free(s.slot_table[i].saved)
     free(s.devices)
@@ -170,8 +171,37 @@ cdef session *session_fullest() noexcept nogil:
             most = s.open_nodes
             found = s
         s = s.next
-    if found != NULL and atomic_add_int(&found.references, 1) == 1:
-        atomic_add_int(&found.references, -1)   # somebody is about to free it, once we let go of the list
+    if found != NULL and not _ref_locked(found):
         found = NULL
+    pthread_mutex_unlock(&_all_guard)
+    return found
+
+
+cdef bint _ref_locked(session *s) noexcept nogil:
+    """Take a reference; False: somebody is about to free the session, once we let go of the list."""
+    if atomic_add_int(&s.references, 1) > 1:
+        return True
+    atomic_add_int(&s.references, -1)
+    return False
+
+
+cdef session **all_sessions(size_t *count) noexcept nogil:
+    """Every session, with a reference for the caller, who frees the array; NULL without memory."""
+    cdef session *s
+    cdef session **found
+    cdef size_t room = 1
+    count[0] = 0
+    pthread_mutex_lock(&_all_guard)
+    s = _all
+    while s != NULL:
+        room += 1
+        s = s.next
+    found = <session **>malloc(room * sizeof(session *))
+    s = _all if found != NULL else NULL
+    while s != NULL:
+        if _ref_locked(s):
+            found[count[0]] = s
+            count[0] += 1
+        s = s.next
     pthread_mutex_unlock(&_all_guard)
     return found

@@ -68,6 +68,7 @@ cdef enum:                          # opcodes
 
 cdef enum:                          # error field of a message that answers nothing
     FUSE_NOTIFY_INVAL_INODE = 2
+    FUSE_NOTIFY_INVAL_ENTRY = 3
 
 cdef enum:                          # INIT flags
     FUSE_ASYNC_READ = 1 << 0
@@ -327,6 +328,11 @@ cdef struct fuse_notify_inval_inode_out:
     uint64_t ino
     int64_t off                     # negative: attributes only
     int64_t len
+
+cdef struct fuse_notify_inval_entry_out:    # the name follows, with a NUL
+    uint64_t parent
+    uint32_t namelen
+    uint32_t flags
 
 # What a reply's first words mean to the kernel; on the wire they are node_flags and zeros (protocol.pxd).
 

@@ -36,6 +36,8 @@ CONTROL_SLOTS = 4
 _SLOW = frozenset(("SYSMOUNT", "SYSUMOUNT"))
 _MOST_CALLS = 64
 _MOST_REQUEST_BYTES = 1 << 21
+#: For whoever has connected, to ask and to take the answer.
+_PATIENCE_S = 30.0
 _PEER = struct.Struct("3i")
 _NODE = struct.Struct("<Q")
 _FORGET_ITEM = struct.Struct("<QQ")
@@ -117,6 +119,7 @@ class ControlServer:
     def _serve(self, connection: socket.socket) -> None:
         try:
             with connection, connection.makefile("rb") as requests, contextlib.suppress(OSError):
+                connection.settimeout(_PATIENCE_S)
                 error, body = self._answer(connection, requests.readline(_MOST_REQUEST_BYTES))
                 connection.sendall(json.dumps({"error": error, "body": body.hex()}).encode() + b"\n")
         finally:

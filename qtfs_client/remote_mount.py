@@ -135,8 +135,14 @@ def mount_call(type_: str, source: str, target: bytes, words: Iterable[str], tra
 
 def _call(wish: _Wish, action: Action, target: bytes) -> MountCall:
     flags = MountFlag.LAZY_CLEANUP if wish.lazy_cleanup else MountFlag(0)
-    numbers = {"attributes_set": wish.attributes_set, "attributes_clear": wish.attributes_clear}
-    return MountCall(action, target, flags=flags, propagation=wish.propagation, **numbers)
+    return MountCall(
+        action,
+        target,
+        flags=flags,
+        attributes_set=wish.attributes_set,
+        attributes_clear=wish.attributes_clear,
+        propagation=wish.propagation,
+    )
 
 
 def _remount(wish: _Wish, target: bytes) -> MountCall:

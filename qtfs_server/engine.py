@@ -188,7 +188,8 @@ def run(options: EngineOptions, ready: Callable[[list[Address]], None]) -> int:
         logs.notify("READY=1")
         with _signals() as signals:
             _obey_signals(server, options, signals)
-        drained = _drain(server, threads) and errands.close(_DRAIN_TIMEOUT_S)
+        drained = _drain(server, threads)
+        drained = errands.close(_DRAIN_TIMEOUT_S) and drained
     if not drained:
         log.error("a request is stuck in the backing file system; ending all the same")
         logging.shutdown()

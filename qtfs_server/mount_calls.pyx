@@ -18,6 +18,7 @@ _AT_EMPTY_PATH = 0x1000
 _AT_RECURSIVE = 0x8000
 _AT_NO_AUTOMOUNT = 0x800
 _AT_SYMLINK_NOFOLLOW = 0x100
+_AT_STATX_DONT_SYNC = 0x4000            # a server that does not answer is not asked
 _OPEN_TREE_CLONE = 1
 _FSPICK_NO_AUTOMOUNT = 4
 _FSPICK_EMPTY_PATH = 8
@@ -148,7 +149,7 @@ def umount(bytes path not None, int flags) -> None:
 cdef uint64_t _mount_id(int directory, bytes name, unsigned int wanted) except? 0:
     cdef statx_t st
     cdef const char *path = name
-    cdef int flags = _AT_NO_AUTOMOUNT | _AT_SYMLINK_NOFOLLOW | (0 if name else _AT_EMPTY_PATH)
+    cdef int flags = _AT_NO_AUTOMOUNT | _AT_SYMLINK_NOFOLLOW | _AT_STATX_DONT_SYNC | (0 if name else _AT_EMPTY_PATH)
     cdef int result
     with nogil:
         result = statx(directory, path, flags, wanted, &st)

@@ -117,8 +117,10 @@ def check_options(type_: bytes, options: tuple[Option, ...]) -> None:
             raise _refuse(option.name)
 
 
-def check_sharers(major: int, minor: int) -> None:
-    """EPERM if a file system is mounted where clients may not: what is changed in it would change there too."""
-    for mount in all_mounts():
-        if (mount.major, mount.minor) == (major, minor):
+def check_sharers(mount_id: int) -> None:
+    """EPERM if a mount's file system is also where clients may not mount: what is changed in it would change there."""
+    mounts = all_mounts()
+    devices = {(mount.major, mount.minor) for mount in mounts if mount.id == mount_id}
+    for mount in mounts:
+        if (mount.major, mount.minor) in devices:
             check_place(mount.path)

@@ -101,7 +101,8 @@ cdef void count_denial(uint16_t missing) noexcept nogil:
             atomic_add_u64(&_denials[kind], 1)
             if atomic_add_int(&r.logged[kind], 1) == 1:
                 with gil:
-                    log.warning("whitelist: a request was denied: its path is not in [%s]", Type(kind).name.capitalize())
+                    log.warning("whitelist: a request was denied: its %s is not in [%s]",
+                                "command" if kind == Type.KILL else "path", Type(kind).name.capitalize())
             elif r.logged[kind] > 1000000:
                 r.logged[kind] = 2
 

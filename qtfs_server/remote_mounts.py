@@ -69,6 +69,9 @@ _MNT_DETACH = 2
 _UMOUNT_FLAGS = 7
 _UMOUNT_NOFOLLOW = 8
 
+#: Whoever else unmounts what a session mounted does not tell us: once in so many mounts we look.
+_PRUNED_AT = 256
+
 #: A file that a client has just closed is still being closed when it asks for the unmount.
 _UMOUNT_ATTEMPTS = 6
 _UMOUNT_DELAY_S = 0.02
@@ -237,8 +240,7 @@ def _move(site: _Site) -> int:
 def _remount(site: _Site) -> int:
     call = site.call
     if not call.flags & MountFlag.BIND_ONLY:
-        device = os.fstat(site.target).st_dev
-        mount_rules.check_sharers(os.major(device), os.minor(device))
+        mount_rules.check_sharers(mount_id(site.target))
         if any(option.kind not in (OptionKind.FLAG, OptionKind.TEXT) for option in call.options):
             raise _error(errno.EINVAL)
         mount_rules.check_options(b"", call.options)
@@ -400,9 +402,13 @@ class RemoteMounts:
             self.clean_up(session)
 
     def _remember(self, errand: Errand, mounted: int, lazy_cleanup: bool) -> None:
-        made = _Made(mount_id(mounted), unique_mount_id(mounted), lazy_cleanup)
+        fresh = _Made(mount_id(mounted), unique_mount_id(mounted), lazy_cleanup)
         with self._guard:
-            self._made.setdefault(errand.session, []).append(made)
+            made = self._made.setdefault(errand.session, [])
+            made.append(fresh)
+            if len(made) % _PRUNED_AT == 0:
+                there = {mount.id for mount in all_mounts()}
+                made[:] = [mount for mount in made if mount.id in there]
 
     def _forget(self, mounted: int) -> None:
         with self._guard:

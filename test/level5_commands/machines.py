@@ -89,8 +89,8 @@ class Machines:
             self.server.close()
 
     def mount(self) -> Outcome:
-        words = f"server={self.engine.address},run_dir={self.run_dir}"
-        return self.on_client(f'mount -t qtfs "$share" "$point" -o "{words}{"," if self.options else ""}{self.options}"')
+        options = ",".join(filter(None, (f"server={self.engine.address}", f"run_dir={self.run_dir}", self.options)))
+        return self.on_client(f'mount -t qtfs "$share" "$point" -o "{options}"')
 
     def unmount(self) -> None:
         self.on_client('umount "$point"').check()
@@ -100,8 +100,8 @@ class Machines:
         return [p.pid for p in our_processes() if "qtfs_client.cli" in p.cmdline() and str(self.point) in p.cmdline()]
 
     def _run(self, where: _Namespace, script: str) -> Outcome:
-        names = {"share": self.share, "point": self.point, "run": self.run_dir, "scratch": self.scratch, "helper": MOUNT}
-        names["qtctl"] = QTCTL
+        names = {"share": self.share, "point": self.point, "run": self.run_dir, "scratch": self.scratch}
+        names |= {"helper": MOUNT, "qtctl": QTCTL}
         assignments = "".join(f"{name}={shlex.quote(str(value))}\n" for name, value in names.items())
         return run(*where.enter(), "sh", "-euc", assignments + script, QTFS_RUN_DIR=str(self.run_dir))
 

@@ -256,6 +256,34 @@ def test_other_users_cannot_ask_the_daemon(both: Machines) -> None:
 # ---- the end of a session
 
 
+def test_mounts_go_with_an_engine_that_is_stopped(tmp_path: Path) -> None:
+    both = Machines(tmp_path)
+    with both.running():
+        for name in ("stays", "goes"):
+            (both.share / name).mkdir()
+        both.on_client("""
+            "$qtctl" mount -t tmpfs none "$point/stays"
+            "$qtctl" mount -t tmpfs none "$point/goes" -o lazy_cleanup
+        """).check()
+        both.engine.stop()
+        assert [row[4] for row in both.mounted_on_server()] == [str(both.share / "stays")]
+        both.engine.start()
+
+
+def test_through_llfuse(tmp_path: Path) -> None:
+    pytest.importorskip("llfuse")
+    both = Machines(tmp_path, options="driver=llfuse,cache=none")
+    with both.running():
+        (both.share / "d").mkdir()
+        both.on_client("""
+            mount -t qtfs.tmpfs none "$point/d"
+            mkdir "$point/d/inner"
+            "$qtctl" --mount "$point" mount
+            "$qtctl" umount "$point/d"
+        """).check()
+        assert not both.mounted_on_server() and not (both.share / "d/inner").exists()
+
+
 @pytest.mark.parametrize("lazy_cleanup", [False, True])
 def test_what_becomes_of_mounts_when_the_session_ends(tmp_path: Path, lazy_cleanup: bool) -> None:
     both = Machines(tmp_path, options="lazy_cleanup" if lazy_cleanup else "nolazy_cleanup")

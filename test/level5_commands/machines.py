@@ -12,9 +12,9 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from commandline import CHECKOUT, MOUNT, Outcome, run
+from commandline import CHECKOUT, MOUNT, Outcome, daemons, run
 from harness.engine_process import EngineProcess, Rules, everything_below
-from harness.leaks import environment, our_processes
+from harness.leaks import environment
 from harness.waiting import wait_until
 
 QTCTL = CHECKOUT / "qtfs_client/qtctl"
@@ -97,7 +97,7 @@ class Machines:
         wait_until(lambda: not self.daemons(), "the daemon of the mount to end")
 
     def daemons(self) -> list[int]:
-        return [p.pid for p in our_processes() if "qtfs_client.cli" in p.cmdline() and str(self.point) in p.cmdline()]
+        return [process.pid for process in daemons(self.point)]
 
     def _run(self, where: _Namespace, script: str) -> Outcome:
         names = {"share": self.share, "point": self.point, "run": self.run_dir, "scratch": self.scratch}

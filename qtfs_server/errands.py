@@ -66,19 +66,13 @@ class Errands:
 
     def start(self, errand: Errand) -> None:
         """Take over a request and its connection."""
-        if OPERATION_NAMES[errand.op] in self._quick:
-            self._add_quick_thread()
-            self._waiting.put(errand)
-        elif self._admit(errand.session):
-            self._spawn(self._be_slow, errand)
-        else:
-            log.warning("session %016x: too many mounts are under way", errand.session)
+        if not (self._start_quick(errand) if OPERATION_NAMES[errand.op] in self._quick else self._start_slow(errand)):
             errand.settle(errno.EAGAIN, b"")
 
     def session_ended(self, session: int) -> None:
         """Unmount what is to go with a session."""
         if self._mounts.has_any(session):
-            self._spawn(self._mounts.clean_up, session)
+            self._spawn(self._mounts.clean_up, session)  # if it fails, the mounts stay until the engine ends
 
     def mounts_of(self, session: int) -> list[int]:
         """Ids of the mounts that a session made."""
@@ -94,8 +88,23 @@ class Errands:
 
     # ---- threads
 
-    def _spawn(self, target: Callable[..., None], *args: object) -> None:
-        threading.Thread(target=target, args=args, name="errand", daemon=True).start()
+    def _spawn(self, target: Callable[..., None], *args: object) -> bool:
+        """Begin a thread; False if the system has none left."""
+        try:
+            threading.Thread(target=target, args=args, name="errand", daemon=True).start()
+        except RuntimeError as error:
+            log.error("%s", error)
+            return False
+        return True
+
+    def _start_slow(self, errand: Errand) -> bool:
+        if not self._admit(errand.session):
+            log.warning("session %016x: too many mounts are under way", errand.session)
+            return False
+        if self._spawn(self._be_slow, errand):
+            return True
+        self._dismiss(errand.session)
+        return False
 
     def _admit(self, session: int) -> bool:
         with self._guard:
@@ -109,15 +118,20 @@ class Errands:
         try:
             _carry_out(errand, self._slow[OPERATION_NAMES[errand.op]])
         finally:
-            with self._guard:
-                self._sessions_of_slow.remove(errand.session)
+            self._dismiss(errand.session)
 
-    def _add_quick_thread(self) -> None:
+    def _dismiss(self, session: int) -> None:
         with self._guard:
-            if self._quick_threads >= _QUICK_THREADS:
-                return
-            self._quick_threads += 1
-        self._spawn(self._be_quick)
+            self._sessions_of_slow.remove(session)
+
+    def _start_quick(self, errand: Errand) -> bool:
+        with self._guard:
+            if self._quick_threads < _QUICK_THREADS and self._spawn(self._be_quick):
+                self._quick_threads += 1
+            if self._quick_threads == 0:
+                return False
+        self._waiting.put(errand)
+        return True
 
     def _be_quick(self) -> None:
         while True:

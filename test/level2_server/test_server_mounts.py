@@ -318,6 +318,31 @@ def test_a_mount_that_stays_loses_nothing(session: Session, share: Path) -> None
     umount(session, b"d")
 
 
+def test_a_mount_that_stays_when_descriptors_are_short(tmp_path: Path) -> None:
+    """Nodes that were put aside before, by file handles, need the mount's descriptor, which the attempt has closed."""
+    area = tmp_path / "area"
+    engine = EngineProcess(area, limits=("--nofile=200",), workers=2)
+    made(area, "share/d")
+    with engine.running(), Session(engine.address, engine.share) as session:
+        try:
+            tmpfs(session, b"d")
+            made(area / "share/d", *map(str, range(400)))
+            (area / "share/d/file").touch()
+            nodes = [session.walk(f"d/{number}").node for number in range(400)]
+            handle = session.open(session.walk("d/file").node).handle
+            for _ in range(2):
+                with refused(errno.EBUSY):
+                    umount(session, b"d")
+                assert all(session.getattr(node).nlink == 2 for node in nodes)
+            session.release(handle)
+            umount(session, b"d")
+            for node in nodes:
+                with refused(errno.ESTALE):
+                    session.getattr(node)
+        finally:
+            unmount_below(str(area))
+
+
 def test_numbers_that_come_again_are_other_files(session: Session, share: Path) -> None:
     """Mount ids and inode numbers are given out again at once; a node of the first mount is not one of the second."""
     made(share, "d")

@@ -109,6 +109,10 @@ class _Daemon:
         pass
 
 
+def _malformed(reason: object) -> OSError:
+    return OSError(errno.EIO, f"the server sent a malformed listing: {reason}")
+
+
 def control_socket(directory: Path, device: str) -> Path:
     """Where the daemon of the mount MAJOR:MINOR listens; no two mounts of one kernel have the same numbers."""
     return directory / f"mount-{device}.sock"
@@ -171,6 +175,8 @@ class RemoteHost:
         yield from page.mounts
         while found < page.total:
             page = self.mount_page(page.token, found)
+            if not page.mounts:
+                raise _malformed("a page without a mount")
             found += len(page.mounts)
             yield from page.mounts
 
@@ -180,7 +186,7 @@ class RemoteHost:
         try:
             return remote_calls.parse_page(body)
         except ValueError as error:
-            raise OSError(errno.EIO, f"the server sent a malformed listing: {error}") from error
+            raise _malformed(error) from error
 
     # ---- processes
 
@@ -203,8 +209,13 @@ class RemoteHost:
         after = 0
         while True:
             body = self._way.call("PROCESSES", remote_calls.pack_processes(after, _PAGE_BYTES))
-            page = list(remote_calls.process_records(body))
+            try:
+                page = list(remote_calls.process_records(body))
+            except ValueError as error:
+                raise _malformed(error) from error
             if not page:
                 return
+            if page[0].pid <= after:
+                raise _malformed("a page that was there before")
             yield from page
             after = page[-1].pid

@@ -296,6 +296,8 @@ def process_records(data: bytes) -> Iterator[ProcessRecord]:
     rest = _Texts(data, 0)
     while rest.left:
         pid, parent, uid, state, start, started_s, name_bytes, _ = rest.record(_PROCESS)
+        if state > 0x7F:
+            raise ValueError("a state that is no letter")
         yield ProcessRecord(pid, parent, uid, chr(state), start, started_s, rest.take(name_bytes))
         rest.align()
 

@@ -346,15 +346,19 @@ def test_a_mount_that_stays_when_descriptors_are_short(tmp_path: Path) -> None:
 def test_numbers_that_come_again_are_other_files(session: Session, share: Path) -> None:
     """Mount ids and inode numbers are given out again at once; a node of the first mount is not one of the second."""
     made(share, "d")
-    stale = []
+    stale: list[int] = []
+    numbers = set()
     for _ in range(20):
         tmpfs(session, b"d")
         made(share, "d/x")
+        numbers.add((mounts(session)[0].id, os.stat(share / "d/x").st_dev, os.stat(share / "d/x").st_ino))
+        for node in stale:
+            with refused(errno.ESTALE):
+                session.getattr(node)
         stale.append(session.walk("d/x").node)
         umount(session, b"d")
-    for node in stale:
-        with refused(errno.ESTALE):
-            session.getattr(node)
+    assert len(set(stale)) == 20
+    assert len(numbers) < 20, "no number came again"
 
 
 def test_a_lazy_unmount(session: Session, share: Path) -> None:

@@ -20,7 +20,8 @@ BUILT    = build/built-$(MODE)
 SOURCES := setup.py $(if $(PRESENT),$(shell find $(PRESENT) -name '*.pyx' -o -name '*.pxd' -o -name '*.pxi' -o -name '*.h'))
 
 # Commands that run from where they are after make, as FILE:MODULE; those whose package has not come yet are left out.
-COMMANDS  = qtfs_server/engine:qtfs_server.cli qtfs_client/mount.qtfs:qtfs_client.cli
+COMMANDS  = qtfs_server/engine:qtfs_server.cli qtfs_client/mount.qtfs:qtfs_client.cli \
+            qtfs_client/qtctl:qtfs_client.qtctl
 LAUNCHERS = $(foreach c,$(COMMANDS),$(if $(wildcard $(firstword $(subst /, ,$(c)))),$(firstword $(subst :, ,$(c)))))
 
 .PHONY: all ext deps demo test bench lint debug install uninstall dist clean distclean help FORCE
@@ -28,7 +29,7 @@ LAUNCHERS = $(foreach c,$(COMMANDS),$(if $(wildcard $(firstword $(subst /, ,$(c)
 all: ext $(LAUNCHERS)
 
 help:
-	@echo "all (default)  build in place; then qtfs_server/engine and qtfs_client/mount.qtfs run from there"
+	@echo "all (default)  build in place; then the commands run from there"
 	@echo "deps           install what is missing: system packages (root) and .venv"
 	@echo "demo           the tour on this machine      test   the tests (PYTEST_ARGS=...)"
 	@echo "bench          speed beside sshfs            lint   ruff, mypy, Cython's warnings"

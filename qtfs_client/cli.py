@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import logging
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
 from qtfs_client.connection import Engine
+from qtfs_client.control import CONTROL_SLOTS, ControlServer, ControlSession
 from qtfs_client.daemon import detach
 from qtfs_client.drivers import Driver, MountError, choose
-from qtfs_client.mountpoint import check_mountpoint, wait_for_answer
-from qtfs_client.options import MountExit, MountOptions, OptionError, parse_command_line
-from qtfs_common import auth, logs
-from qtfs_common.config import MAX_CONNECTIONS
+from qtfs_client.mountpoint import check_mountpoint, device_of, wait_for_answer
+from qtfs_client.options import MountExit, MountOptions, OptionError, parse_command_line, parse_words, split_options
+from qtfs_client.places import place_of, real_path
+from qtfs_client.remote_host import RemoteHost, control_socket
+from qtfs_client.remote_mount import mount_call, translator
+from qtfs_common import auth, logs, rundir
+from qtfs_common.config import CLIENT_SCHEMA, DEFAULT_CLIENT_CONFIG, load_config
 from qtfs_common.errors import AddressError, ConfigError, QtfsError
 
 log = logging.getLogger(__name__)
@@ -37,9 +43,31 @@ def _open_driver(options: MountOptions) -> Driver:
         raise MountError("option 'propagate': the llfuse driver cannot do that")
     engine = _engine(options)
     # To follow the server's mounts takes a slot too.
-    slots = min(options.channels + options.propagate, MAX_CONNECTIONS)
-    connection, ticket = engine.mount(options.source, read_only=options.read_only, slots=slots, watch=True)
+    connection, ticket = engine.mount(
+        options.source,
+        read_only=options.read_only,
+        slots=options.channels + options.propagate,
+        control=CONTROL_SLOTS,
+        watch=True,
+    )
     return driver(options, engine, connection, ticket)
+
+
+@contextlib.contextmanager
+def _controlled(options: MountOptions, driver: Driver) -> Iterator[None]:
+    """With a control socket, if it can be had: the mount is of use without one."""
+    server = None
+    try:
+        path = control_socket(rundir.run_directory(options.run_dir), device_of(options.mountpoint) or "")
+        session = ControlSession(_engine(options), lambda: driver.ticket, options.timeout_s)
+        server = ControlServer(path, session, driver.forget_name, lazy_cleanup=options.lazy_cleanup)
+    except QtfsError as error:
+        log.warning("no control socket: %s", error)
+    try:
+        yield
+    finally:
+        if server is not None:
+            server.close()
 
 
 def _unmount_on_signals(driver: Driver) -> None:
@@ -60,9 +88,10 @@ def _serve(options: MountOptions, ready: Callable[[], None]) -> int:
         try:
             driver.mount()
             _unmount_on_signals(driver)
-            ready()
-            logs.setup(options.log_level, program=_PROGRAM)
-            driver.serve()
+            with _controlled(options, driver):
+                ready()
+                logs.setup(options.log_level, program=_PROGRAM)
+                driver.serve()
         except QtfsError:
             raise
         except Exception:
@@ -108,10 +137,34 @@ def _run(options: MountOptions) -> int:
     return _mount_in_background(options)
 
 
+def _mount_remotely(command: argparse.Namespace) -> int:
+    """`mount -t qtfs.TYPE`: have the server mount something in a directory of a qtfs mount. The exit status."""
+    words = [word for text in command.options for word in split_options(text)]
+    run_dir = next((word.partition("=")[2] for word in words if word.startswith("run_dir=")), None)
+    run_dir = run_dir or load_config(DEFAULT_CLIENT_CONFIG, CLIENT_SCHEMA, required=False).get("run_dir")
+    place = place_of(real_path(command.mountpoint))
+    if place is None:
+        raise MountError(f"{command.mountpoint} is not on a qtfs mount")
+    words = [word for word in words if not word.startswith("run_dir=")]
+    try:
+        type_ = command.type.removeprefix("qtfs.")
+        call = mount_call(type_, command.source, place.below, words, translator(place.mount))
+        if not command.fake:
+            with RemoteHost.of_mount(place.mount, run_dir) as host:
+                host.mount(call)
+    except OSError as error:
+        raise MountError(f"{command.mountpoint}: {error.strerror}") from error
+    return MountExit.SUCCESS
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Mount; the exit status is one of mount(8)'s."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        options = parse_command_line(sys.argv[1:] if arguments is None else arguments)
+        command = parse_words(arguments)
+        if command.type.startswith("qtfs."):
+            return _mount_remotely(command)
+        options = parse_command_line(arguments)
         logs.setup(options.log_level, target="stderr", program=_PROGRAM)
         os.umask(0o022)
         status = _run(options)

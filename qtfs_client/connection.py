@@ -15,7 +15,7 @@ from typing import Any
 from qtfs_common import auth
 from qtfs_common.addresses import Address, connect_socket
 from qtfs_common.errors import QtfsError
-from qtfs_common.protocol import MAGIC, OPERATIONS, REPLY, VERSION
+from qtfs_common.protocol import LIMITS, MAGIC, OPERATIONS, REPLY, VERSION
 from qtfs_common.transport import Connection
 
 #: qtfs_common.protocol's records, for struct.
@@ -51,12 +51,16 @@ class SessionLostError(HandshakeError):
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """What MOUNT granted: all that a connection needs to join the session."""
+    """What MOUNT granted: all that a connection needs to join the session.
+
+    Slots from `slots` on, `control` of them, are for requests that may take long.
+    """
 
     session: int
     secret: bytes
     slots: int
     grace_s: int
+    control: int = 0
 
 
 def encode(op: int, body: bytes = b"", *, slot: int = 0, sequence: int = 0, tag: int = 0) -> bytes:
@@ -77,9 +81,16 @@ class Engine:
         return Engine(self.address, self._key, timeout_s)
 
     def mount(
-        self, source: str, *, read_only: bool = False, slots: int = 16, watch: bool = False, let_go: bool = False
+        self,
+        source: str,
+        *,
+        read_only: bool = False,
+        slots: int = 16,
+        control: int = 0,
+        watch: bool = False,
+        let_go: bool = False,
     ) -> tuple[Connection, Ticket]:
-        """Open a session on a directory of the server; the connection is its slot 0.
+        """Open a session on a directory of the server; the connection is its slot 0. `control`: how many more slots.
 
         `watch`: its event channel tells when the server's mounts change. `let_go`: the session does not keep the
         server from unmounting what the directory lies on.
@@ -88,11 +99,14 @@ class Engine:
         connection = self._connect()
         try:
             flags = read_only * _MOUNT_READ_ONLY | watch * _MOUNT_WATCH | let_go * _MOUNT_LET_GO
-            body = _MOUNT_REQUEST.pack(flags, slots) + os.fsencode(source)
+            wanted = min(slots + control, LIMITS["MAX_SLOTS"])
+            body = _MOUNT_REQUEST.pack(flags, wanted) + os.fsencode(source)
             error, reply = self._exchange(connection, OPERATIONS["MOUNT"], body)
             if error:
                 raise HandshakeError(self._mount_failure(source, error), error)
-            return connection, Ticket(*self._unpack(_MOUNT_REPLY, reply))
+            session, secret, granted, grace_s = self._unpack(_MOUNT_REPLY, reply)
+            control = min(control, granted - 1)
+            return connection, Ticket(session, secret, granted - control, grace_s, control)
         except BaseException:
             connection.close()
             raise

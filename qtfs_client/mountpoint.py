@@ -38,16 +38,28 @@ def check_mountpoint(mountpoint: str) -> None:
         raise MountError(f"mount point {mountpoint} is busy: a qtfs file system is mounted there already")
 
 
-def _is_ours(mountpoint: str) -> bool:
-    """Whether the topmost mount on a path is a qtfs one: proc_pid_mountinfo(5)."""
-    top = ""
+def _topmost(mountpoint: str) -> tuple[str, str]:
+    """(file system type, MAJOR:MINOR) of the topmost mount on a path, or empty texts: proc_pid_mountinfo(5)."""
+    top = ("", "")
     with open(os.open("self/mountinfo", os.O_RDONLY, dir_fd=PROC), errors="surrogateescape") as file:
         mounts = file.read().splitlines()
     for line in mounts:
-        fields, _, source = line.partition(" - ")
-        if _OCTAL.sub(lambda match: chr(int(match[1], 8)), fields.split(" ")[4]) == mountpoint:
-            top = source.split(" ")[0]
-    return top == _TYPE
+        left, _, source = line.partition(" - ")
+        fields = left.split(" ")
+        if _OCTAL.sub(lambda match: chr(int(match[1], 8)), fields[4]) == mountpoint:
+            top = source.split(" ")[0], fields[2]
+    return top
+
+
+def _is_ours(mountpoint: str) -> bool:
+    """Whether the topmost mount on a path is a qtfs one."""
+    return _topmost(mountpoint)[0] == _TYPE
+
+
+def device_of(mountpoint: str) -> str | None:
+    """MAJOR:MINOR of the qtfs mount on a path; None if there is none."""
+    kind, device = _topmost(mountpoint)
+    return device if kind == _TYPE else None
 
 
 def _unmount_lazily(mountpoint: str) -> str:

@@ -76,6 +76,7 @@ class MountOptions:
     key_file: str | None = None
     run_dir: str | None = None
     log_level: str = DEFAULT_LOG_LEVEL
+    lazy_cleanup: bool = False
     foreground: bool = False
     propagate: bool = False
     fake: bool = False
@@ -126,6 +127,8 @@ _WORDS: Mapping[str, Mapping[str, Any]] = {
     "foreground": {"foreground": True},
     "propagate": {"propagate": True},
     "nopropagate": {"propagate": False},
+    "lazy_cleanup": {"lazy_cleanup": True},
+    "nolazy_cleanup": {"lazy_cleanup": False},
 }
 _ESCAPES = ("\\,", "\\\\", '\\"')
 _TOKEN = re.compile(r'"[^"]*"|\\.?|,|[^,\\"]+|"', re.DOTALL)
@@ -149,6 +152,7 @@ class _Words:
     dirsync: bool = False
     foreground: bool = False
     propagate: bool = False
+    lazy_cleanup: bool = False
     contexts: dict[str, str] = field(default_factory=dict)
 
     def kernel_flags(self, privileged: bool) -> tuple[str, ...]:
@@ -179,7 +183,7 @@ def parse_command_line(
     SystemExit after ``--help`` and ``--version``.
     """
     privileged = os.geteuid() == 0 if privileged is None else privileged
-    command = _parser().parse_intermixed_args(list(arguments))
+    command = parse_words(arguments)
     _check_type(command.type)
     parsed = _Parsed(_Words(allow_other=privileged), sloppy=command.sloppy)
     for text in command.options:
@@ -187,6 +191,11 @@ def parse_command_line(
     given = parsed.values
     layers = (given, load_config(given.pop("config", default_config), CLIENT_SCHEMA, required="config" in parsed.seen))
     return _assemble(command, parsed, layers, privileged)
+
+
+def parse_words(arguments: Sequence[str]) -> argparse.Namespace:
+    """The words of the command line, unchecked: source, mountpoint, options, type and so on. Raises OptionError."""
+    return _parser().parse_intermixed_args(list(arguments))
 
 
 def split_options(text: str) -> list[str]:
@@ -232,7 +241,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("-n", action="store_true", help="for mount(8): there is no mtab to write")
     parser.add_argument("-v", dest="verbose", action="store_true", help="say what is done")
     parser.add_argument("-N", dest="namespace", metavar="NAMESPACE", help="mount in this mount namespace (pid or path)")
-    parser.add_argument("-t", dest="type", metavar="TYPE", default="qtfs", help="file system type: qtfs")
+    parser.add_argument("-t", dest="type", metavar="TYPE", default="qtfs", help="qtfs, or qtfs.TYPE: the server mounts")
     parser.add_argument("--version", action="version", version=f"mount.qtfs {__version__}")
     return parser
 
@@ -321,6 +330,7 @@ def _assemble(command: argparse.Namespace, parsed: _Parsed, layers: Layers, priv
         key_file=_pick(layers, None, "key_file"),
         run_dir=_pick(layers, None, "run_dir"),
         log_level=_pick(layers, DEFAULT_LOG_LEVEL, "log_level", "qtfs_log_level"),
+        lazy_cleanup=words.lazy_cleanup,
         foreground=words.foreground,
         propagate=words.propagate,
         fake=command.fake,

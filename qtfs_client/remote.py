@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Final, Literal, NamedTuple
 
-from qtfs_client.connection import Engine
+from qtfs_client.connection import Engine, Ticket
 from qtfs_client.sessions import Session
 from qtfs_common.protocol import LIMITS, OPERATIONS, ROOT
 
@@ -243,6 +243,11 @@ class RemoteFS:
         """Begin a session on a directory of the server. Raises QtfsError as Engine.mount does."""
         connection, ticket = engine.mount(source, read_only=read_only, slots=slots)
         return cls(Session(engine, connection, ticket, source=source, read_only=read_only, timeout_s=timeout_s))
+
+    @property
+    def ticket(self) -> Ticket:
+        """What joins the session as it is now."""
+        return self._session.ticket
 
     def stop(self) -> None:
         """Let every call end with EIO, those under way within half a second."""

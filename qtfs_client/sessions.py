@@ -82,7 +82,7 @@ class Session:
     def __init__(
         self,
         engine: Engine,
-        connection: Connection,
+        connection: Connection | None,
         ticket: Ticket,
         *,
         source: str,
@@ -103,8 +103,17 @@ class Session:
         self._renewing = threading.Lock()
         self._closing = threading.Event()
         self._pool: queue.LifoQueue[_Slot] = queue.LifoQueue()
-        for index in reversed(range(ticket.slots)):
+        for index in reversed(self._slots(ticket)):
             self._pool.put(_Slot(index))
+
+    @property
+    def ticket(self) -> Ticket:
+        """What joins the session as it is now."""
+        return self._ticket
+
+    def _slots(self, ticket: Ticket) -> range:
+        """Those that are ours."""
+        return range(ticket.slots)
 
     def call(self, op: int, body: bytes, *, repeatable: bool) -> bytes:
         """Have a request executed once; its reply's body. `repeatable`: executing it twice does no harm.
@@ -254,7 +263,9 @@ class Session:
         with self._renewing:
             if self._epoch != lost_epoch:
                 return
-            connection, ticket = self._engine.mount(self._source, read_only=self._read_only, slots=self._ticket.slots)
+            connection, ticket = self._engine.mount(
+                self._source, read_only=self._read_only, slots=self._ticket.slots, control=self._ticket.control
+            )
             with self._guard:
                 stale = self._first
                 self._ticket, self._epoch, self._first = ticket, lost_epoch + 1, connection

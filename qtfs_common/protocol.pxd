@@ -95,6 +95,12 @@ cdef enum operation:                # numbers are never reused
     OP_STATX = 53
     OP_SYNCFS = 54
     OP_POLL = 55
+    OP_SYSMOUNT = 56
+    OP_SYSUMOUNT = 57
+    OP_KILL = 58
+    OP_SETAFFINITY = 59
+    OP_GETAFFINITY = 60
+    OP_PROCESSES = 61
     OP_LIST_MOUNTS = 62
     OP_COUNT = 64                   # table size, not an operation
 
@@ -514,3 +520,73 @@ cdef inline bint name_is_valid(const uint8_t *name, size_t length) noexcept nogi
         if name[i] == 0 or name[i] == b'/':
             return False
     return True
+
+# ---- the server's mounts and processes: rare, packed and unpacked by qtfs_common/remote_calls.py -----------------------
+
+cdef packed struct sysmount_request:    # type, source, target follow, then the options
+    uint32_t action                 # remote_calls.Action
+    uint32_t flags                  # remote_calls.MountFlag
+    uint64_t attributes_set         # MOUNT_ATTR_* of <linux/mount.h>
+    uint64_t attributes_clear
+    uint32_t propagation            # 0, or MS_UNBINDABLE, MS_PRIVATE, MS_SLAVE, MS_SHARED; with MS_REC for all below
+    uint32_t type_bytes
+    uint32_t source_bytes
+    uint32_t target_bytes
+    uint32_t options                # how many
+    uint32_t reserved
+
+cdef packed struct mount_option:    # the name and the value follow
+    uint32_t kind                   # remote_calls.OptionKind
+    uint32_t name_bytes
+    uint32_t value_bytes
+    uint32_t reserved
+
+cdef packed struct sysumount_request:   # the target follows
+    uint32_t flags                  # MNT_FORCE, MNT_DETACH, MNT_EXPIRE of umount2(2)
+    uint32_t reserved
+
+cdef packed struct kill_request:
+    int32_t pid
+    uint32_t signal                 # 0: only check
+    uint64_t start                  # process_record.start of whom is meant; 0: whoever has that pid
+
+cdef packed struct affinity_request:    # SETAFFINITY: the mask follows
+    int32_t pid                     # or thread id
+    uint32_t mask_bytes             # GETAFFINITY: 0
+    uint64_t start
+
+cdef packed struct processes_request:
+    uint32_t after                  # only pids above
+    uint32_t size                   # room for the reply, bytes
+
+cdef packed struct process_record:  # the name follows, then zeros up to a multiple of 8
+    uint32_t pid
+    uint32_t parent
+    uint32_t uid                    # effective
+    uint32_t state                  # the letter of proc_pid_stat(5)
+    uint64_t start                  # clock ticks since boot: with the pid, who it is
+    int64_t started                 # seconds since 1970
+    uint32_t name_bytes
+    uint32_t reserved
+
+cdef packed struct list_mounts_request:
+    uint64_t token                  # of the listing that is being read on; 0: any
+    uint32_t first                  # records to leave out
+    uint32_t size                   # room for the reply, bytes
+
+cdef packed struct list_mounts_reply:   # mount_record[count] follow
+    uint64_t token                  # changes whenever the listing does
+    uint32_t count
+    uint32_t total
+
+cdef packed struct mount_record:    # path, type, source, options, super options follow, zeros up to a multiple of 8
+    uint64_t id
+    uint64_t parent
+    uint32_t major
+    uint32_t minor
+    uint32_t path_bytes
+    uint32_t type_bytes
+    uint32_t source_bytes
+    uint32_t options_bytes
+    uint32_t super_bytes
+    uint32_t reserved

@@ -19,6 +19,8 @@ OPERATIONS: Final[dict[str, int]] = {
     "IOCTL": OP_IOCTL, "FALLOCATE": OP_FALLOCATE, "LSEEK": OP_LSEEK,
     "COPY_FILE_RANGE": OP_COPY_FILE_RANGE, "STATX": OP_STATX, "SYNCFS": OP_SYNCFS,
     "POLL": OP_POLL,
+    "SYSMOUNT": OP_SYSMOUNT, "SYSUMOUNT": OP_SYSUMOUNT, "KILL": OP_KILL,
+    "SETAFFINITY": OP_SETAFFINITY, "GETAFFINITY": OP_GETAFFINITY, "PROCESSES": OP_PROCESSES,
     "LIST_MOUNTS": OP_LIST_MOUNTS,
 }
 OPERATION_NAMES: Final[dict[int, str]] = {number: name for name, number in OPERATIONS.items()}
@@ -56,6 +58,10 @@ RECORD_BYTES: Final[dict[str, int]] = {
     "lseek_reply": sizeof(lseek_reply), "copy_request": sizeof(copy_request),
     "statx_request": sizeof(statx_request), "statx_reply": sizeof(statx_reply),
     "poll_request": sizeof(poll_request), "poll_reply": sizeof(poll_reply),
-    "stale_name": sizeof(stale_name), "list_mounts_request": sizeof(list_mounts_request),
+    "stale_name": sizeof(stale_name),
+    "sysmount_request": sizeof(sysmount_request), "mount_option": sizeof(mount_option),
+    "sysumount_request": sizeof(sysumount_request), "kill_request": sizeof(kill_request),
+    "affinity_request": sizeof(affinity_request), "processes_request": sizeof(processes_request),
+    "process_record": sizeof(process_record), "list_mounts_request": sizeof(list_mounts_request),
     "list_mounts_reply": sizeof(list_mounts_reply), "mount_record": sizeof(mount_record),
 }

@@ -1,5 +1,5 @@
 """From a received message to a reply: operation table, slots, exactly-once."""
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 from qtfs_common.protocol cimport OP_COUNT
 from qtfs_common.transport cimport message
@@ -19,3 +19,6 @@ cdef enum:
 cdef int execute(request *r, counters *count, const message *msg) noexcept nogil
 cdef int execute_in_slot(session *s, uint32_t slot_index, identity *me, uint8_t *scratch, counters *count,
                          const message *msg, uint8_t *out, size_t room, size_t *out_bytes) noexcept nogil
+cdef bint is_errand(uint16_t op) noexcept nogil
+cdef void settle_in_slot(session *s, uint32_t slot_index, uint16_t op, const uint8_t *reply, size_t size) noexcept nogil
+cdef void abandon_in_slot(session *s, uint32_t slot_index) noexcept nogil

@@ -12,8 +12,8 @@ from qtfs_common.protocol cimport *
 from qtfs_common.transport cimport message
 from qtfs_server.identity cimport act_as_root, identity
 from qtfs_server.includes.linux cimport pthread_mutex_lock, pthread_mutex_unlock
-from qtfs_server.operations cimport directories, files, inodes, locks, mount_list, names, streams
-from qtfs_server.request cimport DEFERRED, MALFORMED, operation_function, request
+from qtfs_server.operations cimport directories, files, inodes, locks, names, streams
+from qtfs_server.request cimport DEFERRED, HANDED_OVER, MALFORMED, operation_function, request
 from qtfs_server.nodes cimport evict
 from qtfs_server.session cimport SAVED_REPLY_BYTES, session, slot
 
@@ -27,6 +27,16 @@ cdef table_entry _table[OP_COUNT]
 cdef void _define(int op, operation_function run, bint repeatable) noexcept:
     _table[op].run = run
     _table[op].repeatable = repeatable
+
+
+cdef int _errand(request *r) noexcept nogil:
+    """What a thread of its own does (errands.py): it may take long, or needs Python. The body is checked there."""
+    return HANDED_OVER
+
+
+cdef bint is_errand(uint16_t op) noexcept nogil:
+    """Whether an operation is such a one."""
+    return op < OP_COUNT and _table[op].run == _errand
 
 
 _define(OP_LOOKUP, names.op_lookup, False)
@@ -69,7 +79,13 @@ _define(OP_COPY_FILE_RANGE, files.op_copy_file_range, False)
 _define(OP_STATX, inodes.op_statx, True)
 _define(OP_SYNCFS, inodes.op_syncfs, True)
 _define(OP_POLL, streams.op_poll, True)
-_define(OP_LIST_MOUNTS, mount_list.op_list_mounts, True)
+_define(OP_SYSMOUNT, _errand, False)
+_define(OP_SYSUMOUNT, _errand, False)
+_define(OP_KILL, _errand, False)
+_define(OP_SETAFFINITY, _errand, False)
+_define(OP_GETAFFINITY, _errand, True)
+_define(OP_PROCESSES, _errand, True)
+_define(OP_LIST_MOUNTS, _errand, True)
 
 
 cdef int _unpack(request *r, const message *msg) noexcept nogil:
@@ -176,7 +192,10 @@ cdef int _execute_admitted(request *r, slot *at, counters *count, const message 
 
 cdef int execute_in_slot(session *s, uint32_t slot_index, identity *me, uint8_t *scratch, counters *count,
                          const message *msg, uint8_t *out, size_t room, size_t *out_bytes) noexcept nogil:
-    """Execute a request of a slot, or find the reply it got before. 0 (the reply is at `out`), MALFORMED or SLOT_BUSY."""
+    """Execute a request of a slot, or find the reply it got before. 0 (the reply is at `out`), MALFORMED or SLOT_BUSY.
+
+    HANDED_OVER: the slot stays taken until settle_in_slot or abandon_in_slot.
+    """
     cdef slot *at = &s.slot_table[slot_index]
     cdef request r
     cdef int result = MALFORMED
@@ -197,5 +216,20 @@ cdef int execute_in_slot(session *s, uint32_t slot_index, identity *me, uint8_t 
         r.reply_room = room - sizeof(header)
         r.may_wait = False
         result = _execute_admitted(&r, at, count, msg, out, out_bytes)
+        if result == HANDED_OVER:
+            return HANDED_OVER
     _leave_slot(s, at)
     return result
+
+
+cdef void settle_in_slot(session *s, uint32_t slot_index, uint16_t op, const uint8_t *reply, size_t size) noexcept nogil:
+    """End a request that was handed over: keep its reply if it must not run twice, and free the slot."""
+    cdef slot *at = &s.slot_table[slot_index]
+    if not _table[op].repeatable:
+        _save_reply(at, reply, size)
+    _leave_slot(s, at)
+
+
+cdef void abandon_in_slot(session *s, uint32_t slot_index) noexcept nogil:
+    """End a request that was handed over and has had no effect."""
+    _leave_slot(s, &s.slot_table[slot_index])

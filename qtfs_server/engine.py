@@ -21,6 +21,7 @@ from qtfs_common import auth, logs, rundir
 from qtfs_common.addresses import Address, UnixAddress, bound_address, listen_socket
 from qtfs_common.errors import QtfsError
 from qtfs_common.whitelist import load_whitelist
+from qtfs_server.errands import Errands
 from qtfs_server.policy import install
 from qtfs_server.server import Server
 
@@ -179,7 +180,8 @@ def run(options: EngineOptions, ready: Callable[[list[Address]], None]) -> int:
     limit = raise_descriptor_limit()
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     with _listening(options.listen, options.run_dir) as sockets, _pid_file(options.pid_file):
-        server = Server(key=key, grace_s=options.grace_s, descriptor_limit=limit)
+        errands = Errands()
+        server = Server(carrier=errands, key=key, grace_s=options.grace_s, descriptor_limit=limit)
         for address, sock in zip(options.listen, sockets, strict=True):
             # Who has a key wants it used. A Unix socket's own mode says who may connect.
             server.listen(sock.fileno(), key is not None and not isinstance(address, UnixAddress))
@@ -189,6 +191,7 @@ def run(options: EngineOptions, ready: Callable[[list[Address]], None]) -> int:
         with _signals() as signals:
             _obey_signals(server, options, signals)
         drained = _drain(server, threads)
+        drained = errands.close(_DRAIN_TIMEOUT_S) and drained
     if not drained:
         log.error("a request is stuck in the backing file system; ending all the same")
         logging.shutdown()

@@ -115,6 +115,19 @@ cdef void release_mount(uint64_t mount_id) noexcept nogil:
     pthread_mutex_unlock(&_walking)
 
 
+cdef void mount_gone(uint64_t mount_id) noexcept nogil:
+    """Note that a mount was taken away, and not lazily: its number may be given out again before the table is read."""
+    cdef session *s = session_after(NULL)
+    cdef uint32_t i
+    while s != NULL:
+        pthread_mutex_lock(&s.guard)
+        for i in range(s.device_count):
+            if is_let_go(s, i) and _is_mount(&s.devices[i], mount_id):
+                s.devices[i].gone = True
+        pthread_mutex_unlock(&s.guard)
+        s = session_after(s)
+
+
 def note_known_mounts() -> None:
     """Before the mount table is read: which mounts may be missing there because they are gone."""
     cdef session *s = session_after(NULL)

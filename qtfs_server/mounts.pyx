@@ -21,6 +21,7 @@ from qtfs_server.session cimport NODE_LISTED, device, node, node_at, session
 
 import logging
 import threading
+from collections.abc import Iterable
 
 from qtfs_common import mountinfo
 
@@ -273,6 +274,6 @@ cdef dict _unique_ids():
     return result
 
 
-def unique_ids(table: dict[int, mountinfo.Mount]) -> dict[int, int]:
-    """An id for each mount of a table that no later mount gets; its number there before Linux 6.8."""
-    return {id: id for id in table} | _unique_ids()
+def unique_ids(numbers: Iterable[int]) -> dict[int, int]:
+    """For each number of the mount table an id that no later mount gets; before Linux 6.8 the number itself."""
+    return {number: number for number in numbers} | _unique_ids()

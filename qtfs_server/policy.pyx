@@ -39,6 +39,7 @@ cdef struct rules:
 cdef rules *_rules = NULL
 cdef int32_t _epoch = 1
 cdef uint64_t _denials[TYPES]
+_commands: frozenset[bytes] = frozenset()
 
 
 cdef uint32_t current_epoch() noexcept nogil:
@@ -105,7 +106,8 @@ cdef void count_denial(uint16_t missing) noexcept nogil:
             atomic_add_u64(&_denials[kind], 1)
             if atomic_add_int(&r.logged[kind], 1) == 1:
                 with gil:
-                    log.warning("whitelist: a request was denied: its path is not in [%s]", Type(kind).name.capitalize())
+                    log.warning("whitelist: a request was denied: its %s is not in [%s]",
+                                "command" if kind == Type.KILL else "path", Type(kind).name.capitalize())
             elif r.logged[kind] > 1000000:
                 r.logged[kind] = 2
 
@@ -143,7 +145,7 @@ cdef void _name_device(vertex *named, bytes path):
 
 def install(whitelist: "Whitelist") -> None:
     """Put a parsed whitelist into force for all requests from now on."""
-    global _rules
+    global _rules, _commands
     cdef uint32_t at
     cdef size_t room = 1 + sum([path.count(b"/") + 1 for paths in whitelist.paths.values() for path in paths])
     cdef rules *r = <rules *>calloc(1, sizeof(rules))
@@ -164,9 +166,29 @@ def install(whitelist: "Whitelist") -> None:
                 _name_device(&r.vertices[at], path)
     _inherit(r, 0)
     atomic_store_pointer(<void **>&_rules, r)
+    _commands = frozenset(whitelist.commands)
     rules_moved()
 
 
 def denials() -> dict[str, int]:
     """How often each whitelist type refused a request since the start."""
     return {Type(kind).name: _denials[kind] for kind in range(TYPES) if _denials[kind]}
+
+
+# ---- for Python ----------------------------------------------------------------------------------------------------
+
+def granted(path: bytes) -> int:
+    """The ALLOW_* bits of an absolute, normalised path of the server: 1 << Type."""
+    return path_place(<const char *>path).allowed
+
+
+def deny(kind: "Type") -> None:
+    """Count a refusal, and log the first of its type."""
+    cdef uint16_t missing = <uint16_t>(1 << int(kind))
+    with nogil:
+        count_denial(missing)
+
+
+def listed_commands() -> frozenset[bytes]:
+    """The names of commands under [Kill]."""
+    return _commands

@@ -8,6 +8,7 @@ from qtfs_server.session cimport session
 cdef enum:
     MALFORMED = -100000             # not an errno: the message breaks the protocol, the connection ends
     DEFERRED = -100001              # the reply comes later, over the event channel
+    HANDED_OVER = -100003           # a thread of its own carries the request out and answers on this channel
 
 cdef struct request:
     session *s

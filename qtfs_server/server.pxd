@@ -1,6 +1,7 @@
 """Connections, the shared epoll, worker threads."""
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 
+from qtfs_common.protocol cimport header
 from qtfs_common.transport cimport message
 from qtfs_server.connection cimport connection
 from qtfs_server.dispatch cimport counters
@@ -25,6 +26,19 @@ cdef struct worker:
     counters count
     int spin_credit                 # positive while spinning pays
 
+cdef class Errand:                  # a request that a thread of its own carries out
+    cdef Server server
+    cdef connection *c              # where the reply goes; it is the errand's until then
+    cdef session *s                 # a counted reference, until it is settled
+    cdef readonly uint64_t session  # the session's id
+    cdef uint32_t slot
+    cdef header head
+    cdef bint begun                 # the worker that brought it has let go of its connection
+    cdef bytes reply                # once it is settled; empty: the connection ends
+    cdef readonly bytes body        # of the request, behind its caller
+    cdef readonly uint32_t uid
+    cdef int _send(self, connection *c) except -1
+
 cdef class Server:
     cdef int epoll_fd
     cdef int stop_fd
@@ -37,6 +51,13 @@ cdef class Server:
     cdef object key
     cdef readonly double grace_s
     cdef bint stopping
+    cdef object carrier             # carries errands out: errands.Errands
+    cdef dict errands               # (session id, slot): the one under way
+    cdef uint64_t malformed_errands
+    cdef dict joining               # connection: the errand whose repetition came there
+    cdef int _new_errand(self, connection *c, const message *msg) except -2
+    cdef int _join_errand(self, connection *c, const message *msg) except -2
+    cdef int _begin_errand(self, connection *c) except -2
     cdef int _session_message(self, connection *c, const message *msg) except -2
     cdef bytes _hello(self, connection *c, bytes body)
     cdef bytes _authenticate(self, connection *c, bytes body)

@@ -2,11 +2,12 @@
 
 All workers wait on one epoll. A connection is armed EPOLLONESHOT, so the worker that wakes for it owns it: it reads,
 executes and answers, looks a little longer for the next request (waking an idle core costs more than a whole request),
-and arms it again. Only session messages (HELLO, MOUNT, …) touch Python.
+and arms it again. Only session messages (HELLO, MOUNT, …) touch Python, and errands: rare requests that may take long.
 
 Lock order: _connections_guard, session.guard, session.outbox_guard.
 Who owns what: a connection belongs to the worker that holds its one-shot event; others may only shutdown(2) it, under
-session.guard (attached ones) or _connections_guard, which its owner takes before it frees it.
+session.guard (attached ones) or _connections_guard, which its owner takes before it frees it. An errand owns the
+connection that it came by until it has answered; the dicts of errands belong to whoever holds the GIL.
 """
 from libc.errno cimport EACCES, EAGAIN, EINTR, EINVAL, EMFILE, ENFILE, EPERM, EPROTO, EPROTONOSUPPORT, ESTALE, errno
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
@@ -16,7 +17,8 @@ from libc.string cimport memcpy, memset
 from qtfs_common.protocol cimport *
 from qtfs_common.transport cimport WAIT_READABLE, channel, lend_buffers, message, now_us, park, socket_channel_init
 from qtfs_server.connection cimport STATE_EVENT, STATE_GREETED, STATE_NEW, STATE_SLOT, STATE_TRUSTED, connection
-from qtfs_server.dispatch cimport SLOT_BUSY, counters, execute, execute_in_slot
+from qtfs_server.dispatch cimport SLOT_BUSY, abandon_in_slot, counters, execute, execute_in_slot, is_errand, \
+    settle_in_slot
 from qtfs_server.events cimport event_acknowledged, event_answered, event_attached, event_pong, event_reply
 from qtfs_server.identity cimport identity_init
 from qtfs_server.includes.linux cimport atomic_add_int, atomic_load_int, close, pthread_mutex_init, pthread_mutex_lock, \
@@ -25,9 +27,9 @@ from qtfs_server.openers cimport abandon_openings, cancel_opening
 from qtfs_server.operations.locks cimport abandon_waits, cancel_wait, set_answer, stop_waiting_for_locks, \
     wait_for_locks
 from qtfs_server.policy cimport ALLOW_MOUNT, path_place, place, count_denial
-from qtfs_server.request cimport DEFERRED, MALFORMED, SCRATCH_BYTES, request
-from qtfs_server.nodes cimport root_enter
-from qtfs_server.session cimport session, session_new, session_unref, set_farewell
+from qtfs_server.request cimport DEFERRED, HANDED_OVER, MALFORMED, SCRATCH_BYTES, request
+from qtfs_server.nodes cimport node_pin, node_unpin, root_enter
+from qtfs_server.session cimport node, session, session_new, session_unref, set_farewell
 from qtfs_server.streams cimport abandon_stream_waits, end_streams, stop_watching_streams, stream_cancel, watch_streams
 from qtfs_server cimport descriptors as descriptors_module
 
@@ -73,8 +75,19 @@ cdef extern from "<sys/socket.h>" nogil:
         SOCK_NONBLOCK
         SHUT_RD
         SHUT_RDWR
+        MSG_NOSIGNAL
     int accept4(int, void *, void *, int)
     int shutdown(int, int)
+    ssize_t send(int, const void *, size_t, int)
+
+cdef extern from "<poll.h>" nogil:
+    struct pollfd:
+        int fd
+        short events
+        short revents
+    enum:
+        POLLOUT
+    int poll(pollfd *, unsigned long, int)
 
 cdef extern from "<sched.h>" nogil:
     int sched_yield()
@@ -90,6 +103,7 @@ cdef enum:
     PARTIAL_WAIT_US = 10000         # how long workers wait for the rest of a message that is on its way
     EXECUTING_POLL_US = 1000
     UNATTACHED_TIMEOUT_US = 60000000
+    ERRAND_SEND_TIMEOUT_MS = 5000   # whose client does not read its answer is cut
 
 log = logging.getLogger(__name__)
 
@@ -226,8 +240,8 @@ cdef void _farewell(session *s) noexcept nogil:
 
 # ---- slot channels ---------------------------------------------------------------------------------------------------
 
-cdef int _serve_slot(worker *w, connection *c, const message *msg) noexcept nogil:
-    """One request of a slot channel. 0, -EAGAIN (the reply is not all gone yet) or another -errno."""
+cdef int _serve_slot(Server server, worker *w, connection *c, const message *msg) noexcept nogil:
+    """One request of a slot channel. 0, -EAGAIN (the reply is not all gone yet), HANDED_OVER or another -errno."""
     cdef uint8_t *out = c.ch.ops.reserve(&c.ch, BUFFER_BYTES)
     cdef size_t size = 0
     cdef int result = SLOT_BUSY
@@ -235,10 +249,19 @@ cdef int _serve_slot(worker *w, connection *c, const message *msg) noexcept nogi
         result = execute_in_slot(c.s, c.slot, &w.me, w.scratch, &w.count, msg, out, BUFFER_BYTES, &size)
         if result != SLOT_BUSY or c.s.slot_table[c.slot].connection != c:
             break
+        if is_errand(msg.head.op) and _join(server, c, msg) == HANDED_OVER:
+            return HANDED_OVER
         usleep(EXECUTING_POLL_US)   # the connection that brought this request first was cut while it was executed
+    if result == HANDED_OVER:
+        with gil:
+            return server._new_errand(c, msg)
     if result < 0:
         return -EPROTO
     return c.ch.ops.commit(&c.ch, size, NULL, 0)
+
+
+cdef int _join(Server server, connection *c, const message *msg) noexcept with gil:
+    return server._join_errand(c, msg)
 
 
 # ---- the worker's loop -----------------------------------------------------------------------------------------------
@@ -303,7 +326,7 @@ cdef int _serve_message(Server server, worker *w, connection *c, const message *
     if msg.head.flags & MESSAGE_REPLY:
         return -EPROTO
     if msg.head.op >= OP_LOOKUP and c.state == STATE_SLOT:
-        return _serve_slot(w, c, msg)
+        return _serve_slot(server, w, c, msg)
     if c.state == STATE_EVENT and msg.head.op != OP_DETACH:
         return _serve_event(w, c, msg)
     with gil:
@@ -340,7 +363,12 @@ cdef void _serve_connection(Server server, worker *w, connection *c) noexcept no
     cdef int result
     lend_buffers(&c.ch, w.inbox, BUFFER_BYTES, w.outbox, BUFFER_BYTES)
     result = _serve(server, w, c)
-    if result >= 0 and park(&c.ch) == 0:
+    if result == HANDED_OVER:
+        if park(&c.ch) < 0:
+            c.ch.begin = c.ch.end = 0   # no client sends before it has its reply
+        with gil:
+            server._begin_errand(c)
+    elif result >= 0 and park(&c.ch) == 0:
         _arm(server, c, EPOLLOUT if result == EPOLLOUT else EPOLLIN, EPOLL_CTL_MOD)
     else:
         _connection_free(c)
@@ -414,6 +442,84 @@ class Refused(Exception):
         self.body = body
 
 
+cdef bint _send_all(int fd, const uint8_t *data, size_t size) noexcept nogil:
+    """Send a message whole from a thread that may wait; False if the peer does not take it."""
+    cdef pollfd writable
+    cdef ssize_t sent
+    while size > 0:
+        sent = send(fd, data, size, MSG_NOSIGNAL)
+        if sent > 0:
+            data += sent
+            size -= sent
+            continue
+        if errno == EINTR:
+            continue
+        writable.fd = fd
+        writable.events = POLLOUT
+        if errno != EAGAIN or poll(&writable, 1, ERRAND_SEND_TIMEOUT_MS) <= 0:
+            return False
+    return True
+
+
+cdef class Errand:
+    """A request that a thread of its own carries out, because it may take long or needs Python."""
+
+    @property
+    def op(self) -> int:
+        """Number of the operation."""
+        return self.head.op
+
+    @property
+    def session_lives(self) -> bool:
+        """Whether the session has not ended."""
+        return self.session in self.server.sessions
+
+    @property
+    def read_only(self) -> bool:
+        """Whether the session is."""
+        return self.s.read_only
+
+    def root(self) -> int:
+        """A descriptor of the session's root, O_PATH, which is the caller's."""
+        cdef node *n = NULL
+        cdef int error = node_pin(self.s, ROOT_NODE, &n)
+        if error < 0:
+            raise OSError(-error, os.strerror(-error))
+        try:
+            return os.dup(n.fd)
+        finally:
+            node_unpin(self.s, n)
+
+    def settle(self, int error, bytes body not None) -> None:
+        """Answer, once: `error` is 0 or an errno, which goes without a body. -1: the request broke the protocol."""
+        cdef session *s = self.s
+        body = b"" if error else body
+        reply = struct.pack("<IHHiIQQ", sizeof(header) + len(body), self.head.op, MESSAGE_REPLY, max(error, 0), self.slot,
+                            self.head.sequence, self.head.tag) + body
+        if error < 0:
+            self.reply = b""
+            self.server.malformed_errands += 1
+            abandon_in_slot(s, self.slot)
+        else:
+            self.reply = reply
+            settle_in_slot(s, self.slot, self.head.op, <const uint8_t *><const char *>reply, len(reply))
+        self.server.errands.pop((self.session, self.slot), None)
+        self._send(self.c)
+        self.s = NULL
+        with nogil:
+            session_unref(s)
+
+    cdef int _send(self, connection *c) except -1:
+        """Send the reply, and give the connection back to the workers."""
+        cdef const uint8_t *data = <const uint8_t *><const char *>self.reply
+        cdef size_t size = len(self.reply)
+        with nogil:
+            if size == 0 or not _send_all(c.ch.fd, data, size):
+                shutdown(c.ch.fd, SHUT_RDWR)
+            _arm(self.server, c, EPOLLIN, EPOLL_CTL_MOD)
+        return 0
+
+
 cdef class Server:
     """All that the engine's threads share. Threads are the caller's: each runs `work`, `wait_for_locks` or
     `watch_streams`."""
@@ -421,12 +527,19 @@ cdef class Server:
     def __cinit__(self):
         self.epoll_fd = self.stop_fd = self.spare_fd = -1
 
-    def __init__(self, *, key: bytes | None = None, grace_s: float = 90.0, descriptor_limit: int = 1024) -> None:
-        """`key`: the shared secret of addresses that demand authentication; `descriptor_limit`: RLIMIT_NOFILE."""
+    def __init__(self, *, carrier: object, key: bytes | None = None, grace_s: float = 90.0,
+                 descriptor_limit: int = 1024) -> None:
+        """`key`: the shared secret of addresses that demand authentication; `descriptor_limit`: RLIMIT_NOFILE.
+
+        `carrier` carries errands out, see errands.Errands.
+        """
         cdef epoll_event event
         global _spinning_at_most
         self.workers = []
         self.sessions = {}
+        self.carrier = carrier
+        self.errands = {}
+        self.joining = {}
         self.key = key
         self.grace_s = grace_s
         descriptors_module.descriptor_limit = descriptor_limit
@@ -622,11 +735,58 @@ cdef class Server:
             if c != NULL:
                 shutdown(c.ch.fd, SHUT_RD if c == asking else SHUT_RDWR)
         pthread_mutex_unlock(&s.guard)
+        self.carrier.session_ended(s.id)
         with nogil:
             abandon_waits(s)
             abandon_openings(s)
             abandon_stream_waits(s)
             session_unref(s)
+        return 0
+
+    # ---- errands: between a worker, which has the connection, and the thread that will have it ----
+
+    cdef int _new_errand(self, connection *c, const message *msg) except -2:
+        """Keep a request that the slot admitted. HANDED_OVER, or -EPROTO if its caller is malformed."""
+        cdef Errand errand = Errand.__new__(Errand)
+        cdef caller who
+        memcpy(&who, msg.body, sizeof(caller))
+        errand.server = self
+        errand.c = c
+        errand.s = c.s
+        errand.session = c.s.id
+        atomic_add_int(&c.s.references, 1)
+        errand.slot = c.slot
+        errand.head = msg.head
+        errand.uid = who.uid
+        errand.body = (<char *>msg.body)[sizeof(caller) + groups_bytes(who.ngroups):msg.body_bytes]
+        self.errands[c.s.id, c.slot] = errand
+        return HANDED_OVER
+
+    cdef int _join_errand(self, connection *c, const message *msg) except -2:
+        """Let a repeated request wait for the errand that its first copy began: HANDED_OVER, or 0 if that has ended."""
+        cdef Errand errand = self.errands.get((c.s.id, c.slot))
+        if errand is None or errand.head.sequence != msg.head.sequence:
+            return 0
+        self.joining[<size_t>c] = errand
+        return HANDED_OVER
+
+    cdef int _begin_errand(self, connection *c) except -2:
+        """Have the errand of a connection that its worker is done with carried out, or answered there too."""
+        cdef Errand errand = self.joining.pop(<size_t>c, None)
+        cdef connection *older
+        if errand is None:
+            errand = self.errands[c.s.id, c.slot]
+            errand.begun = True
+            if errand.c != c:       # a repetition was quicker, and this connection was cut
+                _arm(self, c, EPOLLIN, EPOLL_CTL_MOD)
+            self.carrier.start(errand)
+        elif errand.reply is not None:
+            errand._send(c)
+        else:
+            older = errand.c
+            errand.c = c
+            if errand.begun:        # it was cut when this one was attached: a worker frees it
+                _arm(self, older, EPOLLIN, EPOLL_CTL_MOD)
         return 0
 
     # ---- housekeeping, figures ----
@@ -655,7 +815,7 @@ cdef class Server:
         cdef session *s
         requests: dict[str, int] = {}
         errors: dict[str, int] = {}
-        cdef uint64_t malformed = 0, repeated = 0
+        cdef uint64_t malformed = self.malformed_errands, repeated = 0
         for address in self.workers:
             w = <worker *><size_t>address
             malformed += w.count.malformed
@@ -669,7 +829,7 @@ cdef class Server:
         for address in self.sessions.values():
             s = <session *><size_t>address
             sessions.append({"id": f"{s.id:016x}", "nodes": s.nodes_used, "handles": s.handles_used,
-                             "connections": s.connections})
+                             "connections": s.connections, "mounts": self.carrier.mounts_of(s.id)})
         return {"requests": requests, "errors": errors, "malformed": malformed, "repeated": repeated,
                 "sessions": sessions, "connections": _connection_count, "descriptors": descriptors_module.descriptors}
 

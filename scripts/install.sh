@@ -11,6 +11,7 @@ man=$PREFIX/share/man
 
 # Where: what it calls. A new command is a new line. mount(8) knows what is mounted as fuse.qtfs, when it is to remount it.
 commands="$PREFIX/bin/qtfs-engine=qtfs_server.cli
+$PREFIX/bin/qtctl=qtfs_client.qtctl
 $SBINDIR/mount.qtfs=qtfs_client.cli
 $SBINDIR/mount.fuse.qtfs=qtfs_client.cli"
 

@@ -27,6 +27,13 @@ class Driver(Protocol):
     def __init__(self, options: MountOptions, engine: Engine, connection: Connection, ticket: Ticket) -> None:
         """Take over slot 0 of a session, past MOUNT."""
 
+    @property
+    def ticket(self) -> Ticket:
+        """What joins the session as it is now. From any thread."""
+
+    def forget_name(self, directory: int, name: bytes) -> None:
+        """Make the kernel look a name up again, in a directory given by its node. Not from a handler of requests."""
+
     def mount(self) -> None:
         """Attach the file system to the mount point. Raises MountError."""
 

@@ -568,6 +568,17 @@ class LlfuseDriver:
         self._mounted = False
         self._detached = False
 
+    @property
+    def ticket(self) -> Ticket:
+        """What joins the mount's session as it is now."""
+        return self._fs.ticket
+
+    def forget_name(self, directory: int, name: bytes) -> None:
+        """Make the kernel look a name up again."""
+        with self._guard:
+            if self._mounted and not self._detached:
+                llfuse.invalidate_entry(directory, name)
+
     def mount(self) -> None:
         """Attach the file system to the mount point. Raises MountError."""
         mountpoint = self._options.mountpoint

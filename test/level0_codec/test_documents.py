@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from qtfs_client import options
+from qtfs_client import options, qtctl
 from qtfs_common.config import CLIENT_SCHEMA, ENGINE_SCHEMA
 from qtfs_common.whitelist import Type
 from qtfs_server import cli
@@ -90,7 +90,7 @@ def test_relative_links_lead_somewhere(path: Path) -> None:
 
 def built_commands() -> set[str]:
     """Commands that only `make` writes: FILE:MODULE in the Makefile."""
-    return set(re.findall(r"(\S+/\S+?):\S+\.cli\b", (ROOT / "Makefile").read_text()))
+    return set(re.findall(r"(\S+/\S+?):\w+\.\w+", (ROOT / "Makefile").read_text()))
 
 
 def named_files(text: str) -> set[str]:
@@ -107,7 +107,7 @@ def test_named_files_exist(path: Path) -> None:
 
 
 def test_built_commands_are_recognised() -> None:
-    assert {"qtfs_server/engine", "qtfs_client/mount.qtfs"} <= built_commands()
+    assert {"qtfs_server/engine", "qtfs_client/mount.qtfs", "qtfs_client/qtctl"} <= built_commands()
 
 
 # ---- options: the manual pages say what the programs take, all of it and nothing else
@@ -145,6 +145,25 @@ def test_engine_configuration_keys_are_in_the_manual() -> None:
 
 def test_command_line_of_mount_is_in_the_manual() -> None:
     assert dashed(tags(section("mount.qtfs.8", "OPTIONS"))) == parser_options(options._parser())
+
+
+def subparsers(parser: object) -> list[object]:
+    (action,) = [each for each in parser._actions if hasattr(each, "choices") and isinstance(each.choices, dict)]  # type: ignore[attr-defined]
+    return list(action.choices.values())
+
+
+def test_options_of_qtctl_are_in_the_manual() -> None:
+    parser = qtctl._parser()
+    assert dashed(tags(section("qtctl.8", "OPTIONS"))) == parser_options(parser)
+    of_commands = set().union(*map(parser_options, subparsers(parser))) - {"-h", "--help"}
+    assert dashed(tags(section("qtctl.8", "COMMANDS"))) == of_commands
+
+
+def test_commands_of_qtctl_are_in_the_manual() -> None:
+    (action,) = [each for each in qtctl._parser()._actions if each.dest == "command"]
+    assert action.choices is not None
+    documented = re.findall(r"^\.SS (\w+)$", section("qtctl.8", "COMMANDS"), re.MULTILINE)
+    assert documented == list(action.choices)
 
 
 def known_mount_options() -> set[str]:
@@ -185,7 +204,10 @@ def test_deployment_lists_all_options_of_the_engine() -> None:
 
 def test_deployment_lists_our_mount_options() -> None:
     listed = set(re.findall(r"`(\w+)=?", first_cells(ROOT / "doc/deployment.md", "## 3. The client")))
-    words = {"foreground", "propagate", "nopropagate", "ro", "rw", "allow_other", "noallow_other", "allow_root"}
+    words = {
+        *("foreground", "propagate", "nopropagate", "ro", "rw", "allow_other", "noallow_other", "allow_root"),
+        *("lazy_cleanup", "nolazy_cleanup"),
+    }
     alternatives = {"llfuse", "auto", "always"}
     assert listed - alternatives == {*CLIENT_SCHEMA, "config", *words}
 

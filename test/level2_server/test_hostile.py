@@ -154,7 +154,7 @@ ACCEPTED = {
 @pytest.mark.parametrize("state", ACCEPTED)
 def test_operations_in_the_wrong_state(target: EngineProcess, attacker: Session, state: str) -> None:
     wrong = [number for name, number in OPERATIONS.items() if name not in ACCEPTED[state]]
-    unknown = [0, *range(8, 16), *range(55, 66), 128, 0x7FFF, 0xFFFF]
+    unknown = [0, *range(8, 16), 55, *range(63, 66), 128, 0x7FFF, 0xFFFF]
     for op in wrong + unknown:
         sock, sequence = in_state(state, target, attacker)
         with counted(target), sock:
@@ -199,7 +199,7 @@ FIXED = {
     "GETATTR": 16, "SETATTR": 64, "READLINK": 0, "OPEN": 8, "READ": 24, "STATFS": 0, "RELEASE": 24, "FSYNC": 16,
     "LISTXATTR": 16, "FLUSH": 24, "OPENDIR": 8, "READDIR": 24, "RELEASEDIR": 24, "FSYNCDIR": 16, "GETLK": 48,
     "SETLK": 48, "ACCESS": 8, "TMPFILE": 16, "FALLOCATE": 32, "LSEEK": 24, "COPY_FILE_RANGE": 48, "STATX": 24,
-    "SYNCFS": 0, "POLL": 24, "LIST_MOUNTS": 16,
+    "SYNCFS": 0, "POLL": 24, "KILL": 16, "GETAFFINITY": 16, "PROCESSES": 8, "LIST_MOUNTS": 16,
 }  # fmt: skip
 #: Those that a name or data follows: the least length, and a body that promises more than comes.
 OPEN_ENDED = {
@@ -215,6 +215,9 @@ OPEN_ENDED = {
     "REMOVEXATTR": (16, struct.pack("<IIII", 0, 0, 6, 0) + b"user."),
     "IOCTL": (24, struct.pack("<QIIII", 2, 0x80086601, 8, 0, 0) + b"1234567"),
     "FORGET": (0, bytes(15)),
+    "SYSMOUNT": (48, struct.pack("<IIQQIIIIII", 0, 0, 0, 0, 0, 5, 4, 1, 1, 0) + b"tmpfsnoned" + bytes(15)),
+    "SYSUMOUNT": (8, struct.pack("<II", 0, 0) + b"a\0b"),
+    "SETAFFINITY": (16, struct.pack("<iIQ", 1, 16, 0) + bytes(8)),
 }
 
 

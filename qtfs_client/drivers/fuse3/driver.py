@@ -81,6 +81,17 @@ class Fuse3Driver:
 
     # ------------------------------------------------------------------------------------------------- the interface
 
+    @property
+    def ticket(self) -> Ticket:
+        """What joins the mount's session as it is now."""
+        return self._ticket
+
+    def forget_name(self, directory: int, name: bytes) -> None:
+        """Make the kernel look a name up again."""
+        mount = self._mount
+        if mount is not None:
+            mount.forget_name(directory, name)
+
     def mount(self) -> None:
         """Attach the file system to the mount point and agree with the kernel on the protocol. Raises MountError."""
         options = self._options
@@ -294,7 +305,12 @@ class Fuse3Driver:
     def _new_session(self) -> None:
         options = self._options
         connection, ticket = self._engine.mount(
-            options.source, read_only=options.read_only, slots=self._ticket.slots, watch=True, let_go=self._is_child
+            options.source,
+            read_only=options.read_only,
+            slots=self._ticket.slots,
+            control=self._ticket.control,
+            watch=True,
+            let_go=self._is_child,
         )
         self._first, self._ticket = connection, ticket
         self._epoch += 1

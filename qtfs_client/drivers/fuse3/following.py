@@ -190,9 +190,11 @@ class Follower:
         call = ListCall(0, 0, LIMITS["MAX_PAYLOAD"])
         found: list[MountRecord] = []
         while True:
-            page = remote_calls.parse_page(self._ask("LIST_MOUNTS", remote_calls.pack_list(call)))
-            if page.token != call.token:
-                found = []              # another listing than that of the page before
+            try:
+                page = remote_calls.parse_page(self._ask("LIST_MOUNTS", remote_calls.pack_list(call)))
+            except BlockingIOError:     # EAGAIN: there is another listing than that of the page before
+                call, found = ListCall(0, 0, call.size), []
+                continue
             found += page.mounts
             if len(found) >= page.total or not page.mounts:
                 return found

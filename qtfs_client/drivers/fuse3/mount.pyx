@@ -5,7 +5,7 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
 from qtfs_client.drivers.fuse3.callers cimport callers_can_be_seen
-from qtfs_client.drivers.fuse3.device cimport clone_device, expire_name, negotiate
+from qtfs_client.drivers.fuse3.device cimport clone_device, expire_name, forget_cached_name, negotiate
 from qtfs_client.drivers.fuse3.events cimport watch
 from qtfs_client.drivers.fuse3.exchange cimport stop
 from qtfs_client.drivers.fuse3.state cimport BUFFER_BYTES, CACHE_ALWAYS, CACHE_AUTO, CACHE_NONE, LINK_LOST, \
@@ -236,6 +236,13 @@ cdef class Mount:
                     os.read(fd, 4096)
             except BlockingIOError:
                 pass
+
+    def forget_name(self, uint64_t directory, bytes name not None) -> None:
+        """Make the kernel look a name up again. Not from a thread that serves requests."""
+        cdef const char *text = name
+        cdef size_t size = len(name)
+        with nogil:
+            forget_cached_name(&self.m, directory, text, size)
 
     @property
     def stopping(self) -> bool:

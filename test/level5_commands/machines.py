@@ -1,0 +1,119 @@
+"""Two machines in one: the engine in a mount namespace, the client's commands in another.
+
+The engine's namespace sees its share at the same path as the client does, but what is mounted there is seen by nobody
+else. The client's has mount.qtfs in /sbin and a run directory of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+from commandline import CHECKOUT, MOUNT, Outcome, daemons, run
+from harness.engine_process import EngineProcess, Rules, everything_below
+from harness.leaks import environment
+from harness.waiting import wait_until
+
+QTCTL = CHECKOUT / "qtfs_client/qtctl"
+
+_CLIENT = """
+umount -a -l -t fuse.qtfs # copies of others' mounts
+sbin=$(readlink -f /sbin)
+mkdir -p "$scratch/sbin"
+ln -sf "$helper" "$scratch/sbin/mount.qtfs"
+mount -t overlay overlay -o "lowerdir=$scratch/sbin:$sbin" "$sbin"
+"""
+
+
+class _Namespace:
+    """A process that does nothing but keep a mount namespace."""
+
+    def __init__(self) -> None:
+        command = ["unshare", "-m", "--propagation", "private", "sh", "-c", "echo ready; exec sleep 1000"]
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment())
+        assert self._process.stdout is not None and self._process.stdout.readline() == b"ready\n"
+
+    def enter(self) -> list[str]:
+        """Words before a command that is to run there."""
+        return ["nsenter", f"--mount=/proc/{self._process.pid}/ns/mnt", "--"]
+
+    def mountinfo(self) -> str:
+        return Path(f"/proc/{self._process.pid}/mountinfo").read_text()
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+
+
+class _Engine(EngineProcess):
+    """An engine in a namespace."""
+
+    namespace: _Namespace
+
+    def command(self) -> list[str]:
+        return [*self.namespace.enter(), *super().command()]
+
+
+class Machines:
+    """`share` is mounted at `point` on the client; `options` are of that mount."""
+
+    def __init__(self, area: Path, rules: Rules | None = None, options: str = "") -> None:
+        self.area = area
+        self.share = area / "share"
+        self.point = area / "point"
+        self.run_dir = area / "client-run"
+        self.scratch = area / "scratch"
+        for directory in (self.share, self.point, self.scratch):
+            directory.mkdir()
+        self.options = options
+        self.server, self.client = _Namespace(), _Namespace()
+        self.engine = _Engine(area, rules=rules or everything_below(self.share))
+        self.engine.namespace = self.server
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[Machines]:
+        """Engine and mount; at the end both must end well."""
+        try:
+            with self.engine.running():
+                self.on_client(_CLIENT + "mkdir -p \"$run\"; chmod 700 \"$run\"").check()
+                self.mount().check()
+                yield self
+                self.unmount()
+        finally:
+            self.client.close()
+            self.server.close()
+
+    def mount(self) -> Outcome:
+        options = ",".join(filter(None, (f"server={self.engine.address}", f"run_dir={self.run_dir}", self.options)))
+        return self.on_client(f'mount -t qtfs "$share" "$point" -o "{options}"')
+
+    def unmount(self) -> None:
+        self.on_client('umount "$point"').check()
+        wait_until(lambda: not self.daemons(), "the daemon of the mount to end")
+
+    def daemons(self) -> list[int]:
+        return [process.pid for process in daemons(self.point)]
+
+    def _run(self, where: _Namespace, script: str) -> Outcome:
+        names = {"share": self.share, "point": self.point, "run": self.run_dir, "scratch": self.scratch}
+        names |= {"helper": MOUNT, "qtctl": QTCTL}
+        assignments = "".join(f"{name}={shlex.quote(str(value))}\n" for name, value in names.items())
+        return run(*where.enter(), "sh", "-euc", assignments + script, QTFS_RUN_DIR=str(self.run_dir))
+
+    def on_client(self, script: str) -> Outcome:
+        """Run a shell script on the client; the first command that fails ends it."""
+        return self._run(self.client, script)
+
+    def on_server(self, script: str) -> Outcome:
+        return self._run(self.server, script)
+
+    def mounted_on_server(self, *below: str) -> list[list[str]]:
+        """Fields of the server's mountinfo for each mount below the share, or on that path of it."""
+        wanted = str(self.share.joinpath(*below))
+        rows = [line.split(" ") for line in self.server.mountinfo().splitlines()]
+        return [row for row in rows if row[4] == wanted or (not below and row[4].startswith(wanted + "/"))]

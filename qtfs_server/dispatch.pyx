@@ -179,8 +179,10 @@ cdef void _reply_header(const message *msg, int error, size_t body_bytes, uint8_
 
 cdef int _execute_admitted(request *r, slot *at, counters *count, const message *msg, uint8_t *out,
                            size_t *out_bytes) noexcept nogil:
-    """Execute what _take_slot admitted. 0 or MALFORMED."""
+    """Execute what _take_slot admitted. 0, HANDED_OVER or MALFORMED."""
     cdef int result = execute(r, count, msg)
+    if result == HANDED_OVER:
+        return HANDED_OVER
     if result <= MALFORMED:
         return MALFORMED
     _reply_header(msg, -result, r.reply_bytes, out)

@@ -113,6 +113,7 @@ ENGINE_SCHEMA: Schema = {
     "workers": ((int,), _between(1, MAX_WORKERS)),
     "listen": ((list,), _addresses),
     "whitelist": _PATH,
+    "special": _PATH,
     "log_level": _LEVEL,
     "pid_file": _PATH,
     "run_dir": _PATH,
@@ -153,14 +154,14 @@ def load_config(path: str | os.PathLike[str], schema: Schema, required: bool = T
     """
     name = os.fspath(path)
     try:
-        text = _read_text(name)
+        text = read_text(name)
     except FileNotFoundError as error:
         if not required:
             return {}
         raise ConfigError(name, f"cannot read the configuration: {error.strerror}") from error
     except OSError as error:
         raise ConfigError(name, f"cannot read the configuration: {error.strerror}") from error
-    return {key: _check(name, text, schema, key, value) for key, value in _parse(name, text).items()}
+    return {key: _check(name, text, schema, key, value) for key, value in parse_toml(name, text).items()}
 
 
 def value_from_text(key: str, text: str, schema: Schema) -> Any:
@@ -173,7 +174,8 @@ def value_from_text(key: str, text: str, schema: Schema) -> Any:
     return _run_check(check, types[-1](text))
 
 
-def _read_text(name: str) -> str:
+def read_text(name: str) -> str:
+    """A text file that a user named; raises OSError, or ConfigError if it is no text."""
     with open_input(name) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise ConfigError(name, "the configuration is not a regular file")
@@ -184,7 +186,8 @@ def _read_text(name: str) -> str:
         raise ConfigError(name, "not valid UTF-8", data.count(b"\n", 0, error.start) + 1) from error
 
 
-def _parse(name: str, text: str) -> dict[str, Any]:
+def parse_toml(name: str, text: str) -> dict[str, Any]:
+    """A TOML document, read from `name`; raises ConfigError naming that and the line."""
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:

@@ -58,7 +58,9 @@ cdef struct device:                 # one mount of the server, as far as this se
     uint64_t mount_id
     uint64_t number                 # st_dev
     int32_t mount_fd                # for open_by_handle_at; -1: not opened yet, -2: impossible
+    int64_t f_type                  # of statfs(2)
     bint uncached                   # a pseudo file system
+    uint16_t shield                 # where the session meets it, among the protections: policy.shield_of
 
 cdef struct lock_owner:             # POSIX locks of one owner on one node: an open file description (F_OFD_SETLK)
     uint64_t owner

@@ -3,7 +3,7 @@
 Sources: getdents64(2), telldir(3), <linux/fuse.h> (struct fuse_dirent, struct fuse_direntplus).
 """
 from libc.errno cimport EINVAL, ENOTDIR, errno
-from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset, strlen
 
 from qtfs_common.protocol cimport MAX_PAYLOAD, OPENED_UNCACHED, direntry, direntry_bytes, direntry_plus, entry, \
@@ -11,7 +11,7 @@ from qtfs_common.protocol cimport MAX_PAYLOAD, OPENED_UNCACHED, direntry, dirent
 from qtfs_server.identity cimport act_as_root
 from qtfs_server.includes.linux cimport AT_FDCWD, O_CLOEXEC, O_DIRECTORY, O_NONBLOCK, O_RDONLY, S_IFDIR, \
     SYS_getdents64, linux_dirent64, lseek, openat, syscall
-from qtfs_server.policy cimport ALLOW_READDIR
+from qtfs_server.policy cimport ALLOW_LOOK, ALLOW_READDIR, child_place, may_hide_names, place
 from qtfs_server.request cimport MALFORMED, SCRATCH_BYTES, as_caller, request
 from qtfs_server.attributes cimport lies_on_pseudo
 from qtfs_server.descriptors cimport descriptors_short, proc_path
@@ -87,12 +87,24 @@ cdef size_t _put(request *r, handle *h, bint plus, const linux_dirent64 *d, size
     return size
 
 
+cdef bint _is_hidden(const place *directory, const char *name) noexcept nogil:
+    cdef place where
+    if not may_hide_names(directory) or _is_dot(name):
+        return False
+    where = child_place(directory, <const uint8_t *>name, strlen(name))
+    return not where.allowed & ALLOW_LOOK
+
+
 cdef bint _put_block(request *r, handle *h, const readdir_request *body, size_t length) noexcept nogil:
     """Turn a block of getdents64(2) into records. False: the reply is full, and the rest of the block is dropped."""
     cdef size_t at = 0, size
     cdef linux_dirent64 *d
     while at < length:
         d = <linux_dirent64 *>(r.scratch + at)
+        if _is_hidden(&h.node.where, <const char *>d + sizeof(linux_dirent64)):
+            h.position = d.d_off
+            at += d.d_reclen
+            continue
         size = _put(r, h, body.plus != 0, d, body.size - r.reply_bytes)
         if size == 0:
             return False

@@ -97,7 +97,9 @@ cdef int _open_fd(request *r, node *n, uint32_t flags, uint32_t kill) noexcept n
         act_as_root(r.me)           # to execute, a file need not be readable
     if kill & KILL_PRIVILEGES and r.who.uid == 0:
         drop_fsetid(r.me)
-    fd = openat(AT_FDCWD, link, (flags & (PASSED_FLAGS | O_TRUNC)) | O_CLOEXEC | O_NOCTTY)
+    # Files that the kernel makes up may wait for something to tell (trace_pipe); a worker must not.
+    fd = openat(AT_FDCWD, link, (flags & (PASSED_FLAGS | O_TRUNC)) | O_CLOEXEC | O_NOCTTY |
+                (O_NONBLOCK if lies_on_pseudo(r.s, n) else 0))
     return fd if fd >= 0 else -errno
 
 

@@ -135,6 +135,8 @@ CLIENT_SCHEMA: Schema = {
     "key_file": _PATH,
     "run_dir": _PATH,
     "threads": _CONNECTIONS,
+    "special_rules": _PATH,
+    "local_proc": _PATH,
     "qtfs_server_vsock_cid": ((int,), _between(0, VSOCK_ANY - 1)),
     "qtfs_server_vsock_port": ((int,), _between(1, VSOCK_ANY - 1)),
     "qtfs_server_ip": ((str,), _ip),

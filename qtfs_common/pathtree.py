@@ -25,7 +25,7 @@ def components(path: bytes) -> tuple[bytes, ...]:
 
 def is_number(name: bytes) -> bool:
     """Whether ``[pid]`` stands for a name."""
-    return name.isdigit() and len(name) <= _LONGEST_NUMBER
+    return name.isdigit() and len(name) <= _LONGEST_NUMBER and (name == b"0" or name[0] != ord("0"))
 
 
 class Branch(Generic[Mark]):

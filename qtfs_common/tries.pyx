@@ -11,7 +11,7 @@ cdef enum:
 
 cdef bint _is_number(const uint8_t *name, size_t length) noexcept nogil:
     cdef size_t i
-    if length == 0 or length > LONGEST_NUMBER:
+    if length == 0 or length > LONGEST_NUMBER or name[0] == b'0' and length > 1:
         return False
     for i in range(length):
         if name[i] < b'0' or name[i] > b'9':

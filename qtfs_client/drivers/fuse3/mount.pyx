@@ -7,6 +7,7 @@ from libc.string cimport memset
 from qtfs_client.drivers.fuse3.device cimport clone_device, negotiate
 from qtfs_client.drivers.fuse3.events cimport watch
 from qtfs_client.drivers.fuse3.exchange cimport stop
+from qtfs_client.drivers.fuse3.special cimport SpecialRules
 from qtfs_client.drivers.fuse3.state cimport BUFFER_BYTES, CACHE_ALWAYS, CACHE_AUTO, CACHE_NONE, LINK_LOST, \
     LINK_READY, LINK_UP, line, lock_wait, mount_state, pending_request, worker
 from qtfs_client.drivers.fuse3.workers cimport work
@@ -58,6 +59,7 @@ cdef void _worker_free(worker *w) noexcept:
 cdef class Mount:
     """Serves the requests of a FUSE device. Every thread that runs in it must have returned before it is dropped."""
     cdef mount_state m
+    cdef SpecialRules special
     cdef dict connections               # slot or EVENT_LINE: Connection; they own what the lines point to
 
     def __cinit__(self):
@@ -69,12 +71,16 @@ cdef class Mount:
         pthread_mutex_init(&self.m.guard, NULL)
 
     def __init__(self, int device, *, str cache="auto", int channels=16, double timeout_s=30.0, int spin_us=200,
-                 bint neighbour=False, owner: int | None = None):
+                 bint neighbour=False, owner: int | None = None, SpecialRules special=None):
         """Take over a mounted /dev/fuse descriptor.
 
-        `neighbour`: the engine runs on this machine. `owner`: the only user besides root who is let in.
+        `neighbour`: the engine runs on this machine. `owner`: the only user besides root who is let in. `special`: rules
+        for what lies below the source, of this mount alone.
         """
         self.connections = {}
+        self.special = special
+        if special is not None:
+            special.attach(&self.m)
         self.m.device = device
         self.m.cache = _CACHES[cache]
         self.m.name_valid_s = {"none": 0, "auto": 1, "always": DAY_S}[cache]

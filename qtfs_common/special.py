@@ -36,6 +36,7 @@ LOCAL_COMMANDS = (
 _PATH_MAX = 4095  # linux/limits.h, less the NUL
 _COMM_MAX = 15  # TASK_COMM_LEN of linux/sched.h, less the NUL
 _PLACEHOLDER = re.compile(r"\{[^{}]*\}")
+_LONG_STRING = re.compile(r'"""(?:\\.|[^\\])*?"""|' + r"'''.*?'''", re.DOTALL)
 _HEADER = re.compile(r"^[ \t]*\[\[[ \t]*[\"']?rule[\"']?[ \t]*\]\]", re.MULTILINE)
 
 
@@ -80,6 +81,12 @@ class Rule:
 
 def _matches(pattern: bytes, name: bytes) -> bool:
     return pattern in (ANY, name) or (pattern == NUMBER and is_number(name))
+
+
+def concerned(rules: Sequence[Rule], source: str) -> list[Rule]:
+    """Those of the rules that make something of what a mount of `source` shows."""
+    top = os.fsencode(source)
+    return [rule for rule in rules if rule.action is not Action.REMOTE and rule.below(top) is not None]
 
 
 def fill_in(text: str, *, pid: int, tid: int, name: str) -> str:
@@ -130,7 +137,7 @@ def parse_special(text: str, source: str) -> tuple[Rule, ...]:
         line = next((n for n, each in enumerate(text.splitlines(), 1) if unknown in each), None)
         raise ConfigError(source, f"unknown key '{unknown}'; a file is a list of [[rule]]", line)
     tables = document.get("rule", [])
-    lines = [text.count("\n", 0, found.start()) + 1 for found in _HEADER.finditer(_without_strings(text))]
+    lines = _header_lines(text)
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
         raise ConfigError(source, "rules stand as [[rule]], each with its keys below it")
     if len(tables) > MAX_RULES:
@@ -146,10 +153,10 @@ def parse_special(text: str, source: str) -> tuple[Rule, ...]:
     return tuple(rules)
 
 
-def _without_strings(text: str) -> str:
-    """The text with as many lines, but without multi-line strings, in which a header means nothing."""
-    blank = re.compile(r'"""(?:\\.|[^\\])*?"""|' + r"'''.*?'''", re.DOTALL)
-    return blank.sub(lambda found: "\n" * found.group().count("\n"), text)
+def _header_lines(text: str) -> list[int]:
+    """The lines of [[rule]], which tomllib forgets. Within strings of many lines they mean nothing."""
+    plain = _LONG_STRING.sub(lambda found: "\n" * found.group().count("\n"), text)
+    return [plain.count("\n", 0, found.start()) + 1 for found in _HEADER.finditer(plain)]
 
 
 _KEYS: Mapping[Action, tuple[str, ...]] = {

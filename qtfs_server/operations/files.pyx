@@ -2,7 +2,7 @@
 
 Sources: open(2), openat(2), pread(2), copy_file_range(2), fallocate(2), ioctl_iflags(2), <linux/fs.h>.
 """
-from libc.errno cimport EACCES, EBADF, EEXIST, EINVAL, EISDIR, ELOOP, ENOENT, ENOTTY, ENXIO, EROFS, ESTALE, errno
+from libc.errno cimport EACCES, EBADF, EEXIST, EINVAL, EISDIR, ELOOP, ENOENT, ENOTTY, ENXIO, EROFS, ESPIPE, ESTALE, errno
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
@@ -14,7 +14,7 @@ from qtfs_server.identity cimport act_as, act_as_root, drop_fsetid
 from qtfs_server.includes.linux cimport AT_EACCESS, AT_EMPTY_PATH, AT_FDCWD, F_SETFL, O_ACCMODE, O_APPEND, O_CLOEXEC, \
     O_CREAT, O_DSYNC, O_EXCL, O_NOATIME, O_NOCTTY, O_NOFOLLOW, O_NONBLOCK, O_PATH, O_RDONLY, O_SYNC, O_TMPFILE, O_TRUNC, \
     RWF_APPEND, S_IFDIR, S_IFLNK, S_IFREG, SYS_faccessat2, close, copy_file_range, dup, fallocate, fcntl, fdatasync, \
-    fsync, ioctl, iovec, lseek, openat, pread, pwrite, pwritev2, statx_t, syscall, umask
+    fsync, ioctl, iovec, lseek, openat, pread, pwrite, pwritev2, read, statx_t, syscall, umask, write
 from qtfs_server.operations.locks cimport drop_locks, lock_given_back
 from qtfs_server.policy cimport ALLOW_CREATE, ALLOW_OPEN, ALLOW_READ, ALLOW_SETATTR, ALLOW_WRITE, place
 from qtfs_server.request cimport MALFORMED, as_caller, request, take_name
@@ -251,6 +251,12 @@ cdef int op_tmpfile(request *r) noexcept nogil:
 
 # ---- data --------------------------------------------------------------------------------------------------------
 
+cdef ssize_t _read(const handle *h, uint8_t *data, size_t size, uint64_t offset) noexcept nogil:
+    """pread(2); of a file that knows no offsets, what comes next."""
+    cdef ssize_t got = pread(h.fd, data, size, offset)
+    return read(h.fd, data, size) if got < 0 and errno == ESPIPE else got
+
+
 cdef int op_read(request *r) noexcept nogil:
     """READ: read_request → data; fewer bytes than asked only at the end of the file."""
     cdef read_request *body = <read_request *>r.body
@@ -264,7 +270,7 @@ cdef int op_read(request *r) noexcept nogil:
         return error
     error = node_allowed(h.node, h.fd, ALLOW_READ)
     if error == 0:
-        got = pread(h.fd, r.reply, body.size, body.offset)
+        got = _read(h, r.reply, body.size, body.offset)
         error = -errno if got < 0 else 0
         r.reply_bytes = max(got, 0)
     handle_unpin(r.s, h)
@@ -282,11 +288,14 @@ cdef void _as_writer(request *r, uint32_t kill) noexcept nogil:
 cdef ssize_t _write(const handle *h, uint8_t *data, const write_request *body) noexcept nogil:
     """write(2) at the offset or, atomically, at the end of the file, wherever that is by now. As pwrite(2)."""
     cdef iovec part
+    cdef ssize_t done
     if not body.flags & WRITE_APPEND and (not h.flags & HANDLE_APPEND or body.flags & WRITE_AT_OFFSET):
-        return pwrite(h.fd, data, body.size, body.offset)
-    part.iov_base = data
-    part.iov_len = body.size
-    return pwritev2(h.fd, &part, 1, 0, RWF_APPEND)
+        done = pwrite(h.fd, data, body.size, body.offset)
+    else:
+        part.iov_base = data
+        part.iov_len = body.size
+        done = pwritev2(h.fd, &part, 1, 0, RWF_APPEND)
+    return write(h.fd, data, body.size) if done < 0 and errno == ESPIPE else done   # as in _read
 
 
 cdef int op_write(request *r) noexcept nogil:

@@ -169,6 +169,15 @@ cdef bint lies_on_proc(session *s, const node *n) noexcept nogil:
     return proc
 
 
+cdef bint lies_on_cgroup(session *s, const node *n) noexcept nogil:
+    """Whether a node belongs to a cgroup file system of either version."""
+    cdef int64_t f_type
+    pthread_mutex_lock(&s.guard)
+    f_type = s.devices[n.device].f_type
+    pthread_mutex_unlock(&s.guard)
+    return f_type == 0x27e0eb or f_type == 0x63677270       # CGROUP_SUPER_MAGIC, CGROUP2_SUPER_MAGIC
+
+
 cdef int node_stat(session *s, node *n, int fd, attributes_reply *out) noexcept nogil:
     """Attributes of a pinned node, by its own descriptor or by one opened from it. 0 or -errno."""
     cdef statx_t st

@@ -43,6 +43,7 @@ cdef enum:                          # handle.flags
     HANDLE_ENDED = 4                # released; closed when its last pin goes
     HANDLE_DIRECTORY = 8
     HANDLE_APPEND = 16              # writes go to the end unless they say otherwise
+    HANDLE_NAMES_ONLY = 32          # a directory whose entries' attributes nobody may trust for a moment
 
 cdef struct handle:
     int32_t fd

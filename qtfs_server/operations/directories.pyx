@@ -17,7 +17,7 @@ from qtfs_server.attributes cimport lies_on_pseudo
 from qtfs_server.descriptors cimport descriptors_short, proc_path
 from qtfs_server.handles cimport handle_new, handle_pin, handle_unpin
 from qtfs_server.nodes cimport node_allowed, node_enter, node_hold, node_pin, node_unpin
-from qtfs_server.session cimport HANDLE_DIRECTORY, handle, node
+from qtfs_server.session cimport HANDLE_DIRECTORY, HANDLE_NAMES_ONLY, handle, node
 
 cdef extern from "<unistd.h>" nogil:
     enum:
@@ -33,6 +33,7 @@ cdef int op_opendir(request *r) noexcept nogil:
     cdef char link[32]
     cdef node *n = NULL
     cdef uint64_t id = 0
+    cdef bint pseudo
     cdef int fd, error
     if r.body_bytes != sizeof(open_request):
         return MALFORMED
@@ -40,12 +41,13 @@ cdef int op_opendir(request *r) noexcept nogil:
     if error < 0:
         return error
     error = node_allowed(n, n.fd, ALLOW_READDIR) if n.type == S_IFDIR else -ENOTDIR
+    pseudo = lies_on_pseudo(r.s, n)
     if error == 0:
         proc_path(link, n.fd)
         as_caller(r)
         fd = openat(AT_FDCWD, link, O_RDONLY | O_DIRECTORY | O_CLOEXEC)
-        error = -errno if fd < 0 else handle_new(r.s, n, fd, HANDLE_DIRECTORY, &id)
-        out.flags = OPENED_UNCACHED if lies_on_pseudo(r.s, n) else 0
+        error = -errno if fd < 0 else handle_new(r.s, n, fd, HANDLE_DIRECTORY | (HANDLE_NAMES_ONLY if pseudo else 0), &id)
+        out.flags = OPENED_UNCACHED if pseudo else 0
     node_unpin(r.s, n)
     if error == 0:
         out.handle = id
@@ -78,9 +80,9 @@ cdef size_t _put(request *r, handle *h, bint plus, const linux_dirent64 *d, size
         return 0
     memset(at, 0, fixed)
     memset(at + size - 8, 0, 8)
-    # Without a descriptor to spare, without search permission, or in a repetition (whose first run has counted already)
-    # an entry is its name only: the client looks it up.
-    if plus and not r.repeated and not _is_dot(name) and not descriptors_short():
+    # On a pseudo file system, without a descriptor to spare, without search permission, or in a repetition (whose first run
+    # has counted already) an entry is its name only: the client looks it up.
+    if plus and not h.flags & HANDLE_NAMES_ONLY and not r.repeated and not _is_dot(name) and not descriptors_short():
         if node_enter(r.s, h.node, name, name_bytes, <entry *>at) < 0:
             memset(at, 0, sizeof(entry))
     _put_name(at + fixed - sizeof(direntry), d, name, name_bytes, <uint64_t>h.node.device << 48)

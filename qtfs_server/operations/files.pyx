@@ -2,7 +2,7 @@
 
 Sources: open(2), openat(2), pread(2), copy_file_range(2), fallocate(2), ioctl_iflags(2), <linux/fs.h>.
 """
-from libc.errno cimport EACCES, EBADF, EEXIST, EINVAL, EISDIR, ELOOP, ENOENT, ENOTTY, ENXIO, EROFS, ESPIPE, ESTALE, errno
+from libc.errno cimport EACCES, EBADF, EEXIST, EINVAL, EISDIR, ELOOP, ENOENT, ENOTTY, ENXIO, EROFS, ESPIPE, ESRCH, ESTALE, errno
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
@@ -16,6 +16,7 @@ from qtfs_server.includes.linux cimport AT_EACCESS, AT_EMPTY_PATH, AT_FDCWD, F_S
     RWF_APPEND, S_IFDIR, S_IFLNK, S_IFREG, SYS_faccessat2, close, copy_file_range, dup, fallocate, fcntl, fdatasync, \
     fsync, ioctl, iovec, lseek, openat, pread, pwrite, pwritev2, read, statx_t, syscall, umask, write
 from qtfs_server.operations.locks cimport drop_locks, lock_given_back
+from qtfs_server.operations.ourselves cimport moves_ourselves
 from qtfs_server.policy cimport ALLOW_CREATE, ALLOW_OPEN, ALLOW_READ, ALLOW_SETATTR, ALLOW_WRITE, place
 from qtfs_server.request cimport MALFORMED, as_caller, request, take_name
 from qtfs_server.attributes cimport lies_on_pseudo, signature, stat_fd
@@ -310,6 +311,8 @@ cdef int op_write(request *r) noexcept nogil:
     if error < 0:
         return error
     error = node_allowed(h.node, h.fd, ALLOW_WRITE)
+    if error == 0 and moves_ourselves(r.s, h, r.body + sizeof(write_request), body.size):
+        error = -ESRCH              # who is meant is not a process of this machine
     if error == 0:
         _as_writer(r, body.flags)
         done = _write(h, r.body + sizeof(write_request), body)

@@ -5,7 +5,7 @@ Sources: statx(2), chown(2), utimensat(2), truncate(2), xattr(7), path_resolutio
 """
 from libc.errno cimport E2BIG, EACCES, EINVAL, ENODATA, EOPNOTSUPP, EPERM, ERANGE, EROFS, errno
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
-from libc.string cimport memcpy, memmove, memset, strchr, strcpy, strlen, strncmp
+from libc.string cimport memcpy, memset, strlen, strncmp
 
 from qtfs_common.protocol cimport KILL_PRIVILEGES, MAX_NAME, MAX_PATH, MAX_XATTR, SET_ATIME, SET_ATIME_NOW, SET_GID, \
     SET_HANDLE, SET_KILL_PRIVILEGES, SET_MODE, SET_MTIME, SET_MTIME_NOW, SET_SIZE, SET_UID, access_request, \
@@ -16,6 +16,7 @@ from qtfs_server.includes.linux cimport AT_EACCESS, AT_EMPTY_PATH, AT_FDCWD, AT_
     O_DIRECTORY, O_RDONLY, S_IFLNK, STATX_BASIC_STATS, STATX_BTIME, SYS_faccessat2, UTIME_NOW, UTIME_OMIT, close, \
     fchmodat, fchownat, fstatfs, ftruncate, getxattr, listxattr, openat, readlinkat, removexattr, setxattr, statfs_t, \
     statx, statx_t, statx_timestamp, syncfs, syscall, timespec, truncate, utimensat
+from qtfs_server.operations.ourselves cimport link_not_ours
 from qtfs_server.policy cimport ALLOW_SETATTR, ALLOW_SETXATTR, ALLOW_WRITE
 from qtfs_server.request cimport MALFORMED, as_caller, copy_text, request
 from qtfs_server.attributes cimport lies_on_proc, node_stat
@@ -194,27 +195,8 @@ cdef int op_setattr(request *r) noexcept nogil:
     return error
 
 
-cdef size_t _not_ourselves(char *target, size_t length) noexcept nogil:
-    """What links at the top of procfs say, which lead to the process that reads them: us.
-
-    `self` and `thread-self` become the links of the same name on the client. What lies below `self` (mounts, net) is
-    taken from the server's process 1. No other link of procfs begins with a digit or with "self/". `target` has room.
-    """
-    cdef const char *instead
-    target[length] = 0
-    if target[0] >= b'0' and target[0] <= b'9':
-        instead = b"/proc/thread-self" if strchr(target, b'/') != NULL else b"/proc/self"
-        strcpy(target, instead)
-        return strlen(instead)
-    if strncmp(target, b"self/", 5) == 0:
-        target[0] = b'1'
-        memmove(target + 1, target + 4, length - 4)
-        return length - 3
-    return length
-
-
 cdef int op_readlink(request *r) noexcept nogil:
-    """READLINK: nothing → the target. Where it would be the engine's own process, see _not_ourselves."""
+    """READLINK: nothing → the target. Where it would be the engine's own process, see link_not_ours."""
     cdef node *n = NULL
     cdef ssize_t length
     cdef int error
@@ -230,7 +212,7 @@ cdef int op_readlink(request *r) noexcept nogil:
     length = readlinkat(n.fd, b"", <char *>r.reply, MAX_PATH)
     error = -errno if length < 0 else 0
     if length > 0 and lies_on_proc(r.s, n):
-        length = _not_ourselves(<char *>r.reply, length)
+        length = link_not_ours(<char *>r.reply, length)
     node_unpin(r.s, n)
     r.reply_bytes = max(length, 0)
     return error

@@ -3,13 +3,14 @@
 Source: statx(2), <linux/fuse.h> (struct fuse_attr), <linux/magic.h>.
 """
 from libc.errno cimport ENFILE, ENOMEM, errno
-from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport realloc
 from libc.string cimport memset
 
 from qtfs_common.protocol cimport NODE_SUBMOUNT, NODE_UNCACHED, attributes, attributes_reply
 from qtfs_server.includes.linux cimport AT_EMPTY_PATH, AT_NO_AUTOMOUNT, AT_SYMLINK_NOFOLLOW, STATX_BASIC_STATS, \
     STATX_BTIME, STATX_MNT_ID, fstatfs, makedev, pthread_mutex_lock, pthread_mutex_unlock, statfs_t, statx, statx_t
+from qtfs_server.policy cimport is_procfs, shield_of
 from qtfs_server.session cimport MAX_DEVICES, device, node, session
 
 cdef enum:
@@ -65,7 +66,7 @@ cdef bint find_device_locked(session *s, const statx_t *st, uint32_t *out) noexc
     return False
 
 
-cdef int _add_device_locked(session *s, const statx_t *st, bint uncached, uint32_t *out) noexcept nogil:
+cdef int _add_device_locked(session *s, const statx_t *st, int64_t f_type, uint16_t shield, uint32_t *out) noexcept nogil:
     cdef device *larger
     if find_device_locked(s, st, out):
         return 0
@@ -79,7 +80,9 @@ cdef int _add_device_locked(session *s, const statx_t *st, bint uncached, uint32
     larger.mount_id = st.stx_mnt_id if st.stx_mask & STATX_MNT_ID else 0
     larger.number = makedev(st.stx_dev_major, st.stx_dev_minor)
     larger.mount_fd = -1
-    larger.uncached = uncached
+    larger.f_type = f_type
+    larger.uncached = _is_pseudo(f_type)
+    larger.shield = shield
     out[0] = s.device_count
     s.device_count += 1
     return 0
@@ -88,6 +91,7 @@ cdef int _add_device_locked(session *s, const statx_t *st, bint uncached, uint32
 cdef int device_index(session *s, int fd, const statx_t *st, uint32_t *out) noexcept nogil:
     """Find or add the mount that `fd`, whose stat is `st`, lies on. 0 or -ENOMEM."""
     cdef statfs_t fs
+    cdef uint16_t shield
     cdef bint known
     cdef int error
     pthread_mutex_lock(&s.guard)
@@ -97,8 +101,9 @@ cdef int device_index(session *s, int fd, const statx_t *st, uint32_t *out) noex
         return 0
     memset(&fs, 0, sizeof(fs))
     fstatfs(fd, &fs)
+    shield = shield_of(fs.f_type, st.stx_mnt_id, fd)
     pthread_mutex_lock(&s.guard)
-    error = _add_device_locked(s, st, _is_pseudo(fs.f_type), out)
+    error = _add_device_locked(s, st, fs.f_type, shield, out)
     pthread_mutex_unlock(&s.guard)
     return error
 
@@ -153,6 +158,24 @@ cdef bint lies_on_pseudo(session *s, const node *n) noexcept nogil:
     uncached = s.devices[n.device].uncached
     pthread_mutex_unlock(&s.guard)
     return uncached
+
+
+cdef bint lies_on_proc(session *s, const node *n) noexcept nogil:
+    """Whether a node belongs to a procfs."""
+    cdef bint proc
+    pthread_mutex_lock(&s.guard)
+    proc = is_procfs(s.devices[n.device].f_type)
+    pthread_mutex_unlock(&s.guard)
+    return proc
+
+
+cdef bint lies_on_cgroup(session *s, const node *n) noexcept nogil:
+    """Whether a node belongs to a cgroup file system of either version."""
+    cdef int64_t f_type
+    pthread_mutex_lock(&s.guard)
+    f_type = s.devices[n.device].f_type
+    pthread_mutex_unlock(&s.guard)
+    return f_type == 0x27e0eb or f_type == 0x63677270       # CGROUP_SUPER_MAGIC, CGROUP2_SUPER_MAGIC
 
 
 cdef int node_stat(session *s, node *n, int fd, attributes_reply *out) noexcept nogil:

@@ -45,6 +45,7 @@ cdef enum:                          # handle.flags
     HANDLE_APPEND = 16              # writes go to the end unless they say otherwise
     HANDLE_STREAM = 32              # a FIFO or character device: read(2), write(2), O_NONBLOCK
     HANDLE_POLLABLE = 64            # POLL may say something else than "always ready"
+    HANDLE_NAMES_ONLY = 128         # a directory whose entries' attributes nobody may trust for a moment
 
 cdef struct handle:
     int32_t fd
@@ -61,7 +62,9 @@ cdef struct device:                 # one mount of the server, as far as this se
     uint64_t mount_id
     uint64_t number                 # st_dev
     int32_t mount_fd                # for open_by_handle_at; -1: not opened yet, -2: impossible
+    int64_t f_type                  # of statfs(2)
     bint uncached                   # a pseudo file system
+    uint16_t shield                 # where the session meets it, among the protections: policy.shield_of
 
 cdef struct slot:
     uint64_t sequence               # the last one executed

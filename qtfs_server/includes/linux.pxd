@@ -146,6 +146,8 @@ cdef extern from "<unistd.h>" nogil:
     int symlinkat(const char *, int, const char *)
     int unlinkat(int, const char *, int)
     int64_t lseek(int, int64_t, int)
+    ssize_t read(int, void *, size_t)
+    ssize_t write(int, const void *, size_t)
     ssize_t pread(int, void *, size_t, int64_t)
     ssize_t pwrite(int, const void *, size_t, int64_t)
     ssize_t readlinkat(int, const char *, char *, size_t)

@@ -66,13 +66,15 @@ class EngineProcess:
         workers: int = 4,
         limits: Sequence[str] = (),
         plain: bool = False,
+        special: str = "",
     ) -> None:
-        """`plain`: the very command, without the socket that tells its figures; `limits`: options of prlimit(1)."""
+        """`special`: the text of special.toml; `plain`: the very command, without the socket that tells its figures; `limits`: options of prlimit(1)."""
         self.area = area
         self.share = area / "share"
         self.share.mkdir(parents=True, exist_ok=True)
         self.run_dir = area / "run"
         self.whitelist = area / "whitelist"
+        self.special = area / "special.toml"
         self.log_path = area / "engine.log"
         self.listen = f"unix://{area}/engine.sock" if transport == "unix" else "tcp://127.0.0.1:0"
         self.workers = workers
@@ -82,6 +84,7 @@ class EngineProcess:
         self._plain = plain
         self._limits = limits
         self._allowed: list[re.Pattern[str]] = []
+        self.special.write_text(special)
         self.allow(everything_below(self.share) if rules is None else rules)
 
     # ---- life
@@ -119,6 +122,7 @@ class EngineProcess:
         limit = ["prlimit", *self._limits] if self._limits else []
         listen = str(self._address) if self._address else self.listen
         options = ["--listen", listen, "--whitelist", str(self.whitelist), "--run-dir", str(self.run_dir)]
+        options += ["--special", str(self.special)]
         return [*limit, sys.executable, *program, *options, "--workers", str(self.workers), *self.arguments]
 
     def stop(self) -> None:
@@ -190,10 +194,12 @@ class EngineProcess:
         """Write the whitelist."""
         self.whitelist.write_text(whitelist_text(rules))
 
-    def reload(self, rules: Rules) -> None:
+    def reload(self, rules: Rules, special: str | None = None) -> None:
         """Write the whitelist and have it read. INFO is not logged, so the rules' epoch tells when that is done."""
         before = self.figures()["reloads"]
         self.allow(rules)
+        if special is not None:
+            self.special.write_text(special)
         assert self.process is not None
         self.process.send_signal(signal.SIGHUP)
         wait_until(lambda: self.figures()["reloads"] > before, "the whitelist to be read again")

@@ -10,7 +10,7 @@ begins is lost. `press_cancelled` does that, from the stream thread.
 
 Lock order: _guard, then what events.pyx takes.
 """
-from libc.errno cimport EINTR, ENFILE, ENOMEM, errno
+from libc.errno cimport EALREADY, EINTR, ENFILE, ENOMEM, ESTALE, errno
 from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
@@ -18,7 +18,7 @@ from posix.time cimport CLOCK_REALTIME
 
 from qtfs_common.protocol cimport OP_OPEN, caller, groups_bytes, open_reply
 from qtfs_server.descriptors cimport proc_path
-from qtfs_server.events cimport event_bell, event_reply
+from qtfs_server.events cimport event_answered, event_bell, event_reply
 from qtfs_server.handles cimport handle_new_stream
 from qtfs_server.identity cimport act_as, act_as_root, identity, identity_init
 from qtfs_server.includes.linux cimport AT_FDCWD, F_SETFL, O_CLOEXEC, O_NOCTTY, O_NONBLOCK, close, fcntl, \
@@ -159,20 +159,19 @@ cdef void _answer(opening *job, int fd) noexcept nogil:
 
 cdef void _run(opening *job, identity *me) noexcept nogil:
     global _count, _cancelled, _free_threads
-    cdef bint abandoned = job.abandoned
-    cdef int fd = -EINTR if abandoned else _open(job, me)
+    cdef int fd = -EINTR if job.abandoned else _open(job, me)
+    # While it is among the running ones, so that the same request, if it comes again, meets the one or the other.
+    if not job.abandoned:
+        _answer(job, fd)
+    elif fd >= 0:
+        close(fd)
     pthread_mutex_lock(&_guard)
     _unlink_locked(&_running, job)
     _count -= 1
     _free_threads += 1
     if job.cancelled:
         _cancelled -= 1
-    abandoned = job.abandoned
     pthread_mutex_unlock(&_guard)
-    if not abandoned:
-        _answer(job, fd)
-    elif fd >= 0:
-        close(fd)
     _free(job)
 
 
@@ -198,12 +197,14 @@ cdef opening *_find_locked(opening *job, session *s, uint64_t tag) noexcept nogi
     return job
 
 
-cdef bint _is_known(session *s, uint64_t tag) noexcept nogil:
-    cdef bint known
-    pthread_mutex_lock(&_guard)
-    known = _find_locked(_queued, s, tag) != NULL or _find_locked(_running, s, tag) != NULL
-    pthread_mutex_unlock(&_guard)
-    return known
+cdef int _admit_locked(opening *job) noexcept nogil:
+    """Whether a job may begin. 0; -EALREADY: it came before, over an event channel that broke; or another -errno."""
+    if _find_locked(_queued, job.s, job.tag) != NULL or _find_locked(_running, job.s, job.tag) != NULL or \
+            event_answered(job.s, OP_OPEN, job.tag):
+        return -EALREADY
+    if job.s.ended:
+        return -ESTALE
+    return 0 if _count < MAX_OPENINGS else -ENFILE
 
 
 cdef opening *_new_opening(request *r, node *n, uint32_t flags) noexcept nogil:
@@ -221,32 +222,26 @@ cdef opening *_new_opening(request *r, node *n, uint32_t flags) noexcept nogil:
     return job
 
 
-cdef bint _queue(opening *job) noexcept nogil:
-    """Give a job to a thread; False: there are too many."""
+cdef int _queue_locked(opening *job) noexcept nogil:
+    """Give a job to a thread. 0 or -ENFILE."""
     global _queued, _count, _queue_length, _free_threads
     cdef pthread_t thread
-    cdef bint taken = False
-    pthread_mutex_lock(&_guard)
-    if _count < MAX_OPENINGS and _free_threads <= _queue_length and start_thread(_opener, &thread) == 0:
+    if _free_threads <= _queue_length and start_thread(_opener, &thread) == 0:
         _free_threads += 1
-    if _count < MAX_OPENINGS and _free_threads > _queue_length:
-        job.next = _queued
-        _queued = job
-        _count += 1
-        _queue_length += 1
-        taken = True
-        pthread_cond_signal(&_work)
-    pthread_mutex_unlock(&_guard)
-    return taken
+    if _free_threads <= _queue_length:
+        return -ENFILE
+    job.next = _queued
+    _queued = job
+    _count += 1
+    _queue_length += 1
+    pthread_cond_signal(&_work)
+    return 0
 
 
 cdef int wait_to_open(request *r, node *n, uint32_t flags) noexcept nogil:
     """Open a pinned FIFO in a thread, and answer on the event channel. DEFERRED or -errno."""
     cdef opening *job
-    cdef int error
-    if _is_known(r.s, r.head.tag):
-        return DEFERRED                 # the same request once more, over a fresh event channel
-    error = node_hold(r.s, n)
+    cdef int error = node_hold(r.s, n)
     if error < 0:
         return error
     job = _new_opening(r, n, flags)
@@ -254,10 +249,14 @@ cdef int wait_to_open(request *r, node *n, uint32_t flags) noexcept nogil:
         node_unpin(r.s, n)
         return -ENOMEM
     session_hold(r.s)                   # the request has one of its own
-    if not _queue(job):
+    pthread_mutex_lock(&_guard)
+    error = _admit_locked(job)
+    if error == 0:
+        error = _queue_locked(job)
+    pthread_mutex_unlock(&_guard)
+    if error < 0:
         _free(job)
-        return -ENFILE
-    return DEFERRED
+    return DEFERRED if error in (0, -EALREADY) else error
 
 
 # ---- ending them ---------------------------------------------------------------------------------------------------------

@@ -611,6 +611,7 @@ cdef class Server:
             return 0
         log.info("session %016x: ended", s.id)
         pthread_mutex_lock(&s.guard)
+        s.ended = True
         for slot in range(s.slots + 1):
             c = <connection *>(s.event if slot == s.slots else s.slot_table[slot].connection)
             if c != NULL:

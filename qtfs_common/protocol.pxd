@@ -453,9 +453,9 @@ cdef packed struct poll_request:
     uint32_t events                 # POLL* that are of interest
     uint32_t flags
 
-cdef packed struct poll_reply:      # struct fuse_poll_out
+cdef packed struct poll_reply:      # struct fuse_poll_out; the client writes zero over `available`
     uint32_t revents
-    uint32_t reserved
+    uint32_t available              # bytes that a stream has to read: FIONREAD; 0 if it cannot tell
 
 # READY (event channel, from the server, no reply): what a POLL asked for under that tag may have changed.
 # CANCEL (event channel): header.tag names the request that is to end with EINTR. It has no reply of its own.

@@ -333,7 +333,8 @@ cdef int _revived_fd(session *s, node *n, const revival *by) noexcept nogil:
     else:
         fd = open_by_handle_at(by.mount_fd, by.by_handle, O_PATH | O_NOFOLLOW | O_CLOEXEC)
     if fd < 0:
-        return -errno if errno in (EMFILE, ENFILE, ENOMEM) else -ESTALE
+        # ENOMEM too: so iget_locked() says that the inode number is just being used again.
+        return -errno if errno in (EMFILE, ENFILE) else -ESTALE
     if stat_fd(fd, &st) < 0 or st.stx_ino != n.ino or (st.stx_mode & S_IFMT) != n.type:
         close(fd)
         return -ESTALE

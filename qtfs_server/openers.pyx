@@ -225,7 +225,7 @@ cdef opening *_new_opening(request *r, node *n, uint32_t flags) noexcept nogil:
 cdef int _queue_locked(opening *job) noexcept nogil:
     """Give a job to a thread. 0 or -ENFILE."""
     global _queued, _count, _queue_length, _free_threads
-    cdef pthread_t thread
+    cdef pthread_t thread = 0
     if _free_threads <= _queue_length and start_thread(_opener, &thread) == 0:
         _free_threads += 1
     if _free_threads <= _queue_length:

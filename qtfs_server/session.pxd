@@ -63,12 +63,6 @@ cdef struct device:                 # one mount of the server, as far as this se
     int32_t mount_fd                # for open_by_handle_at; -1: not opened yet, -2: impossible
     bint uncached                   # a pseudo file system
 
-cdef struct lock_owner:             # POSIX locks of one owner on one node: an open file description (F_OFD_SETLK)
-    uint64_t owner
-    node *node                      # counted among its handles
-    int32_t fd
-    lock_owner *next
-
 cdef struct slot:
     uint64_t sequence               # the last one executed
     void *connection                # who may use the slot now
@@ -118,8 +112,7 @@ cdef struct session:
     uint32_t handles_used
     device *devices
     uint32_t device_count
-    pthread_mutex_t lock_guard      # POSIX locks and their owners; taken above guard, held over fcntl(2)
-    lock_owner *owners
+    void *lock_owners               # list of locked_files.pxd, under its guard
     session *next                   # of all there are
     session *previous
 

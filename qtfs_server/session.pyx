@@ -68,7 +68,6 @@ cdef session *session_new(uint64_t id, const uint8_t *secret, uint32_t salt, uin
     s.outbox_end = &s.outbox
     pthread_mutex_init(&s.guard, NULL)
     pthread_mutex_init(&s.outbox_guard, NULL)
-    pthread_mutex_init(&s.lock_guard, NULL)
     _list(s)
     return s
 
@@ -100,15 +99,8 @@ cdef void _free_handles(session *s) noexcept nogil:
 
 cdef void _session_free(session *s) noexcept nogil:
     """Close and free everything; nobody holds the session any more."""
-    cdef lock_owner *owner = s.owners
-    cdef lock_owner *following
     cdef outgoing *message
     cdef uint32_t i
-    while owner != NULL:
-        following = owner.next
-        close_counted(owner.fd)
-        free(owner)
-        owner = following
     _free_handles(s)
     _free_nodes(s)
     for i in range(s.device_count):
@@ -124,12 +116,11 @@ cdef void _session_free(session *s) noexcept nogil:
         free(message)
     pthread_mutex_destroy(&s.guard)
     pthread_mutex_destroy(&s.outbox_guard)
-    pthread_mutex_destroy(&s.lock_guard)
     free(s)
 
 
 cdef void set_farewell(session_function farewell) noexcept nogil:
-    """Set who lets go of what waits in a session's name before it is freed."""
+    """Set who lets go of what waits and of POSIX locks in a session's name before it is freed."""
     global _farewell
     _farewell = farewell
 

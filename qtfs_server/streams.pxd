@@ -19,6 +19,7 @@ cdef struct stream:                     # of one handle
     uint32_t interest                   # EPOLL* that the epoll watches for; 0: not in it
     bint armed                          # READY is to be sent at the next change
     uint64_t notify                     # READY's tag
+    uint32_t latched                    # POLLPRI and POLLERR that nobody was told of and that cannot be seen again
     stream_wait *waits                  # in order; each pins the handle
     bint posted                         # to the thread, for it to watch for `wanted` too; under the post's guard
     uint32_t wanted
@@ -31,6 +32,7 @@ cdef struct stream:                     # of one handle
 cdef int stream_wait_for(session *s, handle *h, uint16_t op, uint64_t tag, const uint8_t *data, uint32_t size,
                          uint8_t *buffer) noexcept nogil
 cdef int stream_arm(session *s, handle *h, uint64_t notify, uint32_t events) noexcept nogil
+cdef uint32_t stream_take_news(handle *h) noexcept nogil
 cdef bint stream_cancel(session *s, uint64_t tag) noexcept nogil
 cdef void abandon_stream_waits(session *s) noexcept nogil
 cdef void end_streams(session *s) noexcept nogil

@@ -21,7 +21,7 @@ from qtfs_server.handles cimport handle_unpin, set_stream_functions
 from qtfs_server.includes.linux cimport pthread_cond_broadcast, pthread_cond_init, pthread_cond_t, pthread_cond_wait, \
     pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock
 from qtfs_server.openers cimport press_cancelled
-from qtfs_server.session cimport handle, session, session_hold, session_unref
+from qtfs_server.session cimport HANDLE_STREAM, handle, session, session_hold, session_unref
 
 cdef extern from "<sys/epoll.h>" nogil:
     enum:
@@ -50,12 +50,24 @@ cdef extern from "<sys/eventfd.h>" nogil:
     int eventfd_read(int, uint64_t *)
     int eventfd_write(int, uint64_t)
 
+cdef extern from "<poll.h>" nogil:
+    struct pollfd:
+        int fd
+        short events
+        short revents
+    enum:
+        POLLPRI
+        POLLERR
+    int poll(pollfd *, unsigned long, int)
+
 cdef extern from "<unistd.h>" nogil:
     ssize_t read(int, void *, size_t)
     ssize_t write(int, const void *, size_t)
 
 cdef enum:
     EVENTS_AT_ONCE = 64
+    NEWS = POLLPRI | POLLERR
+    LOOKS = 3                           # at news that stay until they are read
     POLLABLE_EVENTS = 0x27df            # what poll(2) and epoll(7) can ask for, EPOLLEXCLUSIVE and the like apart
     AGAIN_MS = 10                       # until the next try where a peer's socket was full or an open(2) does not end
 
@@ -394,6 +406,38 @@ cdef int _grow_interest(stream *st, uint32_t events) noexcept nogil:
     return error
 
 
+cdef void _latch_locked(stream *st, uint32_t events) noexcept nogil:
+    """Remember news that a look takes away: /proc/self/mounts shows POLLPRI once, and the epoll has had it. In sysfs and
+    cgroups it stays until the file is read.
+    """
+    cdef pollfd fds
+    cdef int left = LOOKS
+    cdef uint32_t seen = events & NEWS
+    fds.fd = st.fd
+    fds.events = POLLPRI
+    while left > 0:
+        left -= 1
+        fds.revents = 0
+        if st.h.flags & HANDLE_STREAM or poll(&fds, 1, 0) < 0:
+            return
+        if fds.revents & NEWS == 0:
+            st.latched |= seen
+            return
+        seen |= fds.revents & NEWS
+
+
+cdef uint32_t stream_take_news(handle *h) noexcept nogil:
+    """POLLPRI and POLLERR that came since the last POLL and cannot be seen any more, of a pinned handle."""
+    cdef stream *st = <stream *>h.stream
+    cdef uint32_t latched = 0
+    if st != NULL:
+        pthread_mutex_lock(&st.guard)
+        latched = st.latched
+        st.latched = 0
+        pthread_mutex_unlock(&st.guard)
+    return latched
+
+
 cdef int stream_arm(session *s, handle *h, uint64_t notify, uint32_t events) noexcept nogil:
     """Send READY with the tag `notify` at the next change of a pinned handle's file. 0 or -errno; -EPERM: it has none."""
     cdef stream *st = _stream_of(s, h)
@@ -404,6 +448,8 @@ cdef int stream_arm(session *s, handle *h, uint64_t notify, uint32_t events) noe
     pthread_mutex_lock(&st.guard)
     # Without any event asked for, errors and hang-ups are still of interest.
     missing = (events & POLLABLE_EVENTS | <uint32_t>EPOLLPRI) & ~st.interest
+    if missing != 0:
+        _latch_locked(st, 0)            # adding it to the epoll is a look, too
     pthread_mutex_unlock(&st.guard)
     if missing != 0:
         error = _grow_interest(st, missing)
@@ -423,7 +469,7 @@ cdef void _notify_locked(stream *st) noexcept nogil:
 
 # ---- the thread --------------------------------------------------------------------------------------------------------
 
-cdef void _on_edge(stream *st, uint8_t *buffer) noexcept nogil:
+cdef void _on_edge(stream *st, uint32_t events, uint8_t *buffer) noexcept nogil:
     cdef session *s = st.s
     cdef handle *h = st.h
     cdef stream_wait *answered = NULL
@@ -432,6 +478,7 @@ cdef void _on_edge(stream *st, uint8_t *buffer) noexcept nogil:
         pthread_mutex_unlock(&st.guard)
         return
     answered = _serve_waits_locked(st, buffer)
+    _latch_locked(st, events)
     if st.armed:
         _notify_locked(st)
     pthread_mutex_unlock(&st.guard)
@@ -442,14 +489,14 @@ cdef void _on_edge(stream *st, uint8_t *buffer) noexcept nogil:
 cdef int _look(int timeout_ms, uint8_t *buffer) noexcept nogil:
     """Serve what the epoll has; whether there may be more at once."""
     cdef epoll_event events[EVENTS_AT_ONCE]
-    cdef uint64_t ignored
+    cdef uint64_t ignored = 0
     cdef int i, count = epoll_wait(_epoll_fd, events, EVENTS_AT_ONCE, timeout_ms)
     for i in range(count):
         if events[i].data.ptr == NULL:
             eventfd_read(_bell, &ignored)
             eventfd_read(event_bell(), &ignored)
         else:
-            _on_edge(<stream *>events[i].data.ptr, buffer)
+            _on_edge(<stream *>events[i].data.ptr, events[i].events, buffer)
     return count == EVENTS_AT_ONCE
 
 

@@ -69,6 +69,7 @@ cdef enum:                          # opcodes
 cdef enum:                          # error field of a message that answers nothing
     FUSE_NOTIFY_POLL = 1
     FUSE_NOTIFY_INVAL_INODE = 2
+    FUSE_NOTIFY_STORE = 4
 
 cdef enum:                          # INIT flags
     FUSE_ASYNC_READ = 1 << 0
@@ -345,6 +346,12 @@ cdef struct fuse_notify_inval_inode_out:
     uint64_t ino
     int64_t off                     # negative: attributes only
     int64_t len
+
+cdef struct fuse_notify_store_out:  # the data follows
+    uint64_t nodeid
+    uint64_t offset
+    uint32_t size
+    uint32_t padding
 
 # What a reply's first words mean to the kernel; on the wire they are node_flags and zeros (protocol.pxd).
 

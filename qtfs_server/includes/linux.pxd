@@ -11,6 +11,10 @@ cdef extern from *:
     #endif
     """
 
+cdef extern from "<errno.h>" nogil:
+    enum:
+        EDEADLK
+
 cdef extern from "<fcntl.h>" nogil:
     enum:
         AT_FDCWD

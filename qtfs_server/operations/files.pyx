@@ -17,7 +17,7 @@ from qtfs_server.includes.linux cimport AT_EACCESS, AT_EMPTY_PATH, AT_FDCWD, F_S
     O_CREAT, O_DSYNC, O_EXCL, O_NOATIME, O_NOCTTY, O_NOFOLLOW, O_NONBLOCK, O_PATH, O_RDONLY, O_SYNC, O_TMPFILE, O_TRUNC, \
     RWF_APPEND, S_IFDIR, S_IFLNK, S_IFREG, SYS_faccessat2, close, copy_file_range, dup, fallocate, fcntl, fdatasync, \
     fsync, ioctl, iovec, lseek, openat, pread, pwrite, pwritev2, statx_t, syscall, umask
-from qtfs_server.operations.locks cimport drop_locks, lock_given_back
+from qtfs_server.operations.locks cimport drop_locks, end_handle_locks
 from qtfs_server.operations.streams cimport is_special, open_special, read_stream, write_stream
 from qtfs_server.policy cimport ALLOW_CREATE, ALLOW_DEVICE, ALLOW_OPEN, ALLOW_READ, ALLOW_SETATTR, ALLOW_WRITE, place
 from qtfs_server.request cimport DEFERRED, MALFORMED, as_caller, request, take_name
@@ -337,13 +337,18 @@ cdef int op_write(request *r) noexcept nogil:
 
 
 cdef int op_release(request *r) noexcept nogil:
-    """RELEASE, RELEASEDIR: release_request → nothing. Its flock(2) lock goes with the descriptor."""
+    """RELEASE, RELEASEDIR: release_request → nothing. What locks and waits are left of it end too."""
+    cdef release_request *body = <release_request *>r.body
+    cdef handle *h = NULL
     cdef int error
     if r.body_bytes != sizeof(release_request):
         return MALFORMED
-    error = handle_end(r.s, (<release_request *>r.body).handle)
-    if (<release_request *>r.body).flags & RELEASE_FLOCK:
-        lock_given_back()
+    error = handle_pin(r.s, body.handle, &h)
+    if error < 0:
+        return error
+    error = handle_end(r.s, body.handle)
+    end_handle_locks(r.s, h, body.handle, body.flags & RELEASE_FLOCK)
+    handle_unpin(r.s, h)
     return error
 
 

@@ -1,13 +1,13 @@
 """File locks: fcntl(2) and flock(2)."""
 from libc.stdint cimport uint64_t
 from qtfs_server.request cimport request
-from qtfs_server.session cimport node, session
+from qtfs_server.session cimport handle, node, session
 
 cdef int op_getlk(request *r) noexcept nogil
 cdef int op_setlk(request *r) noexcept nogil
 cdef int op_setlkw(request *r) noexcept nogil
-cdef void lock_given_back() noexcept nogil
 cdef void drop_locks(session *s, node *n, uint64_t owner) noexcept nogil
+cdef void end_handle_locks(session *s, handle *h, uint64_t id, bint flocked) noexcept nogil
 cdef void cancel_wait(session *s, uint64_t tag) noexcept nogil
 cdef void abandon_waits(session *s) noexcept nogil
 

@@ -1,181 +1,296 @@
 """File locks, shared with the server's own processes.
 
 A flock(2) lock belongs to an open file, and so does the client's: it is taken on the handle's descriptor. A POSIX lock
-belongs to an owner (a client process) and a file, however often that process opened it: each (node, owner) has an open
-file description of its own, on which the lock is an F_OFD_SETLK. Both conflict with local locks as they should.
+belongs to an owner (a client process) and a file, however often that process opened it: each owner has an open file
+description of its own for a file, on which its locks are F_OFD_SETLK. Both conflict with local locks as they should.
+FUSE does not tell an F_OFD_SETLK from an F_SETLK: the open file is the owner, and no FLUSH ends its locks but RELEASE.
 
-Linux has no way to wait for a lock without a thread, so one thread for all waits tries them again: at once when a lock
-is given back through this engine, else after 1 ms, growing to 20 ms, for those that local processes hold.
+What our owners hold is noted (locked_files). A wait that one of them is in the way of is tried when a lock of the file
+is given back, by whoever gives it back, in the order of coming. If it is a process of the server that is in the way,
+and for flock(2), a thread polls: Linux has no way to wait for a lock without a thread.
 
-Lock order: _waiting_guard, session.lock_guard, session.guard. A lock is announced as given back, and a wait answered,
-under none of them.
+Lock order: locked_files. A wait is answered under no lock.
 Sources: fcntl(2) "Open file description locks", flock(2), <linux/fuse.h> (struct fuse_lk_in).
 """
-from libc.errno cimport EACCES, EAGAIN, EINTR, EINVAL, EMFILE, ENOLCK, ENOMEM, errno
+from libc.errno cimport EACCES, EAGAIN, EINTR, EINVAL, EMFILE, ENOLCK, errno
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
-from posix.time cimport CLOCK_REALTIME, clock_gettime
+from posix.time cimport CLOCK_REALTIME
 
 from qtfs_common.protocol cimport LOCK_FLOCK, lock_reply, lock_request
+from qtfs_common.transport cimport now_us
 from qtfs_server.includes.linux cimport AT_FDCWD, F_OFD_GETLK, F_OFD_SETLK, F_RDLCK, F_UNLCK, F_WRLCK, LOCK_EX, \
-    LOCK_NB, LOCK_SH, LOCK_UN, O_CLOEXEC, O_NOCTTY, O_RDONLY, O_RDWR, atomic_add_int, close, dup, fcntl, flock, \
-    flock_t, openat, pthread_cond_broadcast, pthread_cond_init, pthread_cond_signal, pthread_cond_t, \
-    pthread_cond_timedwait, pthread_cond_wait, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, timespec
-from qtfs_server.policy cimport ALLOW_OPEN
+    LOCK_NB, LOCK_SH, LOCK_UN, O_CLOEXEC, O_NOCTTY, O_RDONLY, O_RDWR, close, fcntl, flock, flock_t, openat, \
+    pthread_cond_init, pthread_cond_signal, pthread_cond_t, pthread_cond_timedwait, pthread_mutex_init, \
+    pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, timespec
 from qtfs_server.request cimport DEFERRED, MALFORMED, request
-from qtfs_server.descriptors cimport close_counted, descriptor_opened, proc_path
+from qtfs_server.descriptors cimport proc_path
 from qtfs_server.handles cimport handle_pin, handle_unpin
-from qtfs_server.nodes cimport node_keep, node_let_go
-from qtfs_server.session cimport HANDLE_ENDED, handle, lock_owner, node, session
+from qtfs_server.lock_ranges cimport EXCLUSIVE, SHARED, UNLOCKED, ranges_reserve
+from qtfs_server.locked_files cimport file_awaited, file_due, file_enter, file_leave, file_of_session, file_of_wait, \
+    file_poll, is_held, is_waiting, lock_owner, lock_wait, locked_file, nothing_locked, owner_drop, owner_find, \
+    owner_new, owner_note, session_hold, wait_add, wait_take
+from qtfs_server.session cimport HANDLE_ENDED, handle, node, session, session_unref
 
 cdef extern from "<time.h>" nogil:
     int real_clock "clock_gettime"(int, timespec *)
 
 cdef enum:
-    SHORTEST_RETRY_US = 1000
-    LONGEST_RETRY_US = 20000
+    IDLE_US = 1000000               # the polling thread's sleep while there is nothing to poll
     END_OF_FILE = 0x7fffffffffffffff    # OFFSET_MAX
-    MAX_WAITS = 65536                   # of all sessions
 
-cdef struct wait:                       # one SETLKW that could not be granted yet
-    session *s
-    handle *h                           # pinned
-    lock_request what
-    uint64_t tag
-    wait *next
-
-cdef pthread_mutex_t _waiting_guard
-cdef pthread_cond_t _something_changed
-cdef pthread_cond_t _answered
-cdef wait *_waits = NULL
-cdef uint32_t _wait_count = 0
+cdef pthread_mutex_t _bell_guard
+cdef pthread_cond_t _bell
+cdef bint _rung = False             # there is something new to poll
 cdef bint _stopping = False
-cdef bint _given_back = False           # a lock was given back since the last round
-cdef session *_answering = NULL         # it may not end now
 cdef answer_function _answer = NULL
-pthread_mutex_init(&_waiting_guard, NULL)
-pthread_cond_init(&_something_changed, NULL)
-pthread_cond_init(&_answered, NULL)
+pthread_mutex_init(&_bell_guard, NULL)
+pthread_cond_init(&_bell, NULL)
 
 
-# ---- owners ------------------------------------------------------------------------------------------------------
+# ---- one attempt: the file's turn is the caller's ----------------------------------------------------------------
 
-cdef lock_owner **_find_owner(session *s, node *n, uint64_t owner) noexcept nogil:
-    cdef lock_owner **at = &s.owners
-    while at[0] != NULL and (at[0].node != n or at[0].owner != owner):
-        at = &at[0].next
-    return at
+cdef int _check(const lock_request *what) noexcept nogil:
+    if what.flags & LOCK_FLOCK:
+        return 0
+    if what.start > <uint64_t>END_OF_FILE or what.end > <uint64_t>END_OF_FILE or what.end < what.start:
+        return -EINVAL
+    return 0
 
 
-cdef int _owner_fd(session *s, handle *h, uint64_t owner) noexcept nogil:
-    """The open file description that stands for an owner on the handle's node. Under lock_guard. A descriptor or -errno."""
-    cdef lock_owner *known = _find_owner(s, h.node, owner)[0]
+cdef flock_t _range(const lock_request *what) noexcept nogil:
+    cdef flock_t range
+    range.l_type = F_RDLCK if what.type == SHARED else (F_WRLCK if what.type == EXCLUSIVE else F_UNLCK)
+    range.l_whence = 0
+    range.l_start = what.start
+    range.l_len = 0 if what.end == <uint64_t>END_OF_FILE else <int64_t>(what.end - what.start + 1)
+    range.l_pid = 0
+    return range
+
+
+cdef int _new_owner(locked_file *f, session *s, handle *h, const lock_request *what, lock_owner **out) noexcept nogil:
+    """An open file description for an owner that holds nothing yet. 0 or -errno."""
     cdef char link[32]
     cdef int fd
-    if known != NULL:
-        return known.fd
     proc_path(link, h.fd)
     fd = openat(AT_FDCWD, link, O_RDWR | O_CLOEXEC | O_NOCTTY)
     if fd < 0:
         fd = openat(AT_FDCWD, link, O_RDONLY | O_CLOEXEC | O_NOCTTY)
-    return _keep_owner(s, h.node, owner, fd) if fd >= 0 else -errno
-
-
-cdef int _keep_owner(session *s, node *n, uint64_t owner, int fd) noexcept nogil:
-    cdef lock_owner *fresh = <lock_owner *>calloc(1, sizeof(lock_owner))
-    if fresh == NULL:
+    if fd < 0:
+        return -ENOLCK if errno == EMFILE else -errno
+    out[0] = owner_new(f, s, what.owner, what.handle, fd)
+    if out[0] == NULL:
         close(fd)
-        return -ENOMEM
-    fresh.owner = owner
-    fresh.node = n
-    fresh.fd = fd
-    fresh.next = s.owners
-    s.owners = fresh
-    node_keep(s, n)
-    descriptor_opened()
-    return fd
+        return -ENOLCK
+    return 0
 
 
-cdef void drop_locks(session *s, node *n, uint64_t owner) noexcept nogil:
-    """Give back all POSIX locks of an owner on a node: a close(2) of any of its descriptors does that."""
-    cdef lock_owner **at
-    cdef lock_owner *gone
-    pthread_mutex_lock(&s.lock_guard)
-    at = _find_owner(s, n, owner)
-    gone = at[0]
-    if gone != NULL:
-        at[0] = gone.next
-        close_counted(gone.fd)
-    pthread_mutex_unlock(&s.lock_guard)
-    _cancel_waits_of(s, n, owner)
-    if gone != NULL:
-        node_let_go(s, n)
-        free(gone)
-        lock_given_back()
+cdef int _change(lock_owner *o, const lock_request *what) noexcept nogil:
+    """Lock or unlock in the name of an owner. An owner that holds nothing any more goes."""
+    cdef flock_t range = _range(what)
+    cdef int error = ranges_reserve(&o.ranges)
+    if error == 0 and fcntl(o.fd, F_OFD_SETLK, &range) < 0:
+        error = -EAGAIN if errno == EACCES else -errno      # fcntl(2) allows both for a lock in the way
+    if error == 0:
+        owner_note(o, what)
+    if o.ranges.first == NULL:
+        owner_drop(o)
+    return error
+
+
+cdef int _try_posix(locked_file *f, session *s, handle *h, const lock_request *what) noexcept nogil:
+    cdef lock_owner *o = owner_find(f, s, what.owner)
+    cdef int error
+    if o == NULL and what.type == UNLOCKED:
+        return 0
+    if what.type != UNLOCKED and is_held(f, s, what):
+        return -EAGAIN
+    if o == NULL:
+        error = _new_owner(f, s, h, what, &o)
+        if error < 0:
+            return error
+    return _change(o, what)
+
+
+cdef int _try_flock(handle *h, const lock_request *what) noexcept nogil:
+    cdef int operation = LOCK_SH if what.type == SHARED else (LOCK_EX if what.type == EXCLUSIVE else LOCK_UN)
+    return -errno if flock(h.fd, operation | LOCK_NB) < 0 else 0
+
+
+cdef int _try(locked_file *f, session *s, handle *h, const lock_request *what) noexcept nogil:
+    """Lock or unlock without waiting. 0, -EAGAIN, or another -errno."""
+    return _try_flock(h, what) if what.flags & LOCK_FLOCK else _try_posix(f, s, h, what)
+
+
+# ---- waits -------------------------------------------------------------------------------------------------------
+
+cdef void set_answer(answer_function answer) noexcept nogil:
+    """Set who sends the replies of waits."""
+    global _answer
+    _answer = answer
+
+
+cdef void _ring() noexcept nogil:
+    global _rung
+    pthread_mutex_lock(&_bell_guard)
+    _rung = True
+    pthread_cond_signal(&_bell)
+    pthread_mutex_unlock(&_bell_guard)
+
+
+cdef void _poll(locked_file *f, bint wanted, bint progress) noexcept nogil:
+    """Have the thread try the waits of a file again, or no more."""
+    cdef bint fresh = wanted and not f.polled
+    file_poll(f, wanted, progress, now_us())
+    if fresh:
+        _ring()
+
+
+cdef bint _is_covered(const lock_request *refused, const lock_request *what) noexcept nogil:
+    """Whether what a process of the server refused to the one is refused to the other as well."""
+    return refused != NULL and what.start <= refused.start and refused.end <= what.end and what.type >= refused.type
+
+
+cdef int _try_wait(lock_wait *w, const lock_request **refused, bint *to_poll) noexcept nogil:
+    """Try a wait. `refused` is the last POSIX lock in vain, so that the same for many is not tried for each."""
+    cdef bint posix = not w.what.flags & LOCK_FLOCK
+    cdef int error = -EAGAIN
+    if w.h.flags & HANDLE_ENDED:
+        return -EINTR
+    if posix and is_held(w.file, w.s, &w.what):
+        return -EAGAIN
+    to_poll[0] = True
+    if posix and _is_covered(refused[0], &w.what):
+        return -EAGAIN
+    error = _try(w.file, w.s, w.h, &w.what)
+    if posix and error == -EAGAIN:
+        refused[0] = &w.what
+    return error
+
+
+cdef lock_wait **_serve_once(locked_file *f, lock_wait **ended, bint *to_poll, bint *again) noexcept nogil:
+    """Try each wait of a file; append those that have ended to a list, whose new end is returned."""
+    cdef lock_wait **at = &f.waits
+    cdef const lock_request *refused = NULL
+    cdef int error
+    to_poll[0] = again[0] = False
+    while at[0] != NULL:
+        error = _try_wait(at[0], &refused, to_poll)
+        if error == -EAGAIN or not session_hold(at[0].s):
+            at = &at[0].next
+            continue
+        ended[0] = wait_take(at)
+        ended[0].error = error
+        again[0] = again[0] or error == 0 and ended[0].what.type == SHARED     # may have been an exclusive one before
+        ended = &ended[0].next
+    return ended
+
+
+cdef void _serve_waits(locked_file *f, lock_wait **ended) noexcept nogil:
+    """Grant, in the order of their coming, what nobody is in the way of. Those waits are put behind others in a list,
+    to be answered when the turn is given back.
+    """
+    cdef lock_wait **end
+    cdef bint to_poll = False, again = f.waits != NULL
+    if not again:
+        return
+    while ended[0] != NULL:
+        ended = &ended[0].next
+    end = ended
+    while again:
+        end = _serve_once(f, end, &to_poll, &again)
+    if to_poll and f.waits != NULL or f.polled:
+        _poll(f, to_poll and f.waits != NULL, ended[0] != NULL)
+
+
+cdef void _drop(lock_wait *w) noexcept nogil:
+    handle_unpin(w.s, w.h)
+    free(w)
+
+
+cdef void _leave(locked_file *f, lock_wait *ended) noexcept nogil:
+    """Give the turn back and answer waits that have ended, each of which holds its session."""
+    cdef lock_wait *w
+    cdef session *s
+    file_leave(f)
+    while ended != NULL:
+        w = ended
+        ended = w.next
+        s = w.s
+        _answer(s, w.tag, w.error)
+        _drop(w)
+        session_unref(s)
+
+
+cdef int _queue(request *r, locked_file *f, handle *h) noexcept nogil:
+    """Let a request wait, which takes over the pin of its handle. DEFERRED, -EDEADLK or -ENOLCK."""
+    cdef lock_wait *w = <lock_wait *>calloc(1, sizeof(lock_wait))
+    cdef int error
+    if w == NULL:
+        return -ENOLCK
+    w.s = r.s
+    w.h = h
+    w.what = (<lock_request *>r.body)[0]
+    w.tag = r.head.tag
+    w.file = f
+    error = wait_add(w)
+    if error < 0:
+        free(w)
+        return error
+    if w.what.flags & LOCK_FLOCK or not is_held(f, w.s, &w.what):
+        _poll(f, True, False)
+    return DEFERRED
+
+
+cdef void cancel_wait(session *s, uint64_t tag) noexcept nogil:
+    """CANCEL: the waiter was interrupted. A wait that has ended meanwhile was answered already."""
+    cdef locked_file *f = file_of_wait(s, tag)
+    cdef lock_wait **at
+    cdef lock_wait *found = NULL
+    if f == NULL:
+        return
+    at = &f.waits
+    while at[0] != NULL and (at[0].tag != tag or at[0].s != s):
+        at = &at[0].next
+    if at[0] != NULL:
+        found = wait_take(at)
+    file_leave(f)
+    if found != NULL:
+        _answer(s, tag, -EINTR)
+        _drop(found)
 
 
 # ---- operations --------------------------------------------------------------------------------------------------
 
-cdef int _lock_range(const lock_request *body, flock_t *out) noexcept nogil:
-    if body.type > 2 or body.start > <uint64_t>END_OF_FILE or body.end > <uint64_t>END_OF_FILE or body.end < body.start:
-        return -EINVAL
-    out.l_type = F_RDLCK if body.type == 0 else (F_WRLCK if body.type == 1 else F_UNLCK)
-    out.l_whence = 0
-    out.l_start = body.start
-    out.l_len = 0 if body.end == <uint64_t>END_OF_FILE else <int64_t>(body.end - body.start + 1)
-    out.l_pid = 0
-    return 0
-
-
-cdef int _try_flock(handle *h, const lock_request *body) noexcept nogil:
-    cdef int operation = LOCK_SH if body.type == 0 else (LOCK_EX if body.type == 1 else LOCK_UN)
-    if flock(h.fd, operation | LOCK_NB) < 0:
-        return -errno
-    if operation == LOCK_UN:
-        lock_given_back()
-    return 0
-
-
-cdef bint _is_everything(const lock_request *body) noexcept nogil:
-    return body.start == 0 and body.end == <uint64_t>END_OF_FILE
-
-
-cdef int _set_lock(session *s, handle *h, uint64_t owner, flock_t *range) noexcept nogil:
-    """fcntl(2) in the name of an owner; the lock guard keeps its descriptor from being closed meanwhile."""
-    cdef int fd, error = 0
-    pthread_mutex_lock(&s.lock_guard)
-    fd = _owner_fd(s, h, owner)
-    if fd < 0:
-        error = -ENOLCK if fd == -EMFILE else fd
-    elif fcntl(fd, F_OFD_SETLK, range) < 0:
-        error = -EAGAIN if errno == EACCES else -errno      # fcntl(2) allows both for a lock in the way
-    pthread_mutex_unlock(&s.lock_guard)
-    return error
-
-
-cdef int _try_lock(session *s, handle *h, const lock_request *body) noexcept nogil:
-    """Lock or unlock without waiting. 0, -EAGAIN, or another -errno."""
-    cdef flock_t range
-    cdef int error
-    if body.flags & LOCK_FLOCK:
-        return _try_flock(h, body)
-    error = _lock_range(body, &range)
-    if error < 0:
-        return error
-    if body.type == 2 and _is_everything(body):
-        drop_locks(s, h.node, body.owner)
-        return 0
-    error = _set_lock(s, h, body.owner, &range)
-    if error == 0 and body.type == 2:
-        lock_given_back()
-    return error
-
-
 cdef int _begin(request *r, handle **h) noexcept nogil:
+    """Check a request and pin its handle. 0, -errno or MALFORMED."""
+    cdef lock_request *body = <lock_request *>r.body
     cdef int error
-    if r.body_bytes != sizeof(lock_request) or (<lock_request *>r.body).type > 2:
+    if r.body_bytes != sizeof(lock_request) or body.type > UNLOCKED:
         return MALFORMED
-    error = handle_pin(r.s, (<lock_request *>r.body).handle, h)
+    error = _check(body)
+    return error if error < 0 else handle_pin(r.s, body.handle, h)
+
+
+cdef int _set(request *r, handle *h, bint patient) noexcept nogil:
+    """SETLK and SETLKW with the handle pinned, and unpinned unless it is DEFERRED that is returned."""
+    cdef lock_request *what = <lock_request *>r.body
+    cdef locked_file *f = file_enter(r.s, h.node, True)
+    cdef lock_wait *ended = NULL
+    cdef int error
+    if f == NULL:
+        return -ENOLCK
+    if patient and is_waiting(r.s, r.head.tag):
+        file_leave(f)                   # the client asks again over a fresh event channel
+        return DEFERRED
+    if f.polled:
+        _serve_waits(f, &ended)         # they came first
+    error = _try(f, r.s, h, what)
+    if patient and error == -EAGAIN:
+        error = _queue(r, f, h)
+    elif error == 0 and what.type != EXCLUSIVE:
+        _serve_waits(f, &ended)
+    _leave(f, ended)
     return error
 
 
@@ -185,32 +300,49 @@ cdef int op_setlk(request *r) noexcept nogil:
     cdef int error = _begin(r, &h)
     if error < 0:
         return error
-    error = _try_lock(r.s, h, <lock_request *>r.body)
+    error = _set(r, h, False)
     handle_unpin(r.s, h)
+    return error
+
+
+cdef int op_setlkw(request *r) noexcept nogil:
+    """SETLKW, on the event channel: lock_request → nothing, once the lock is held; EINTR after a CANCEL; EDEADLK."""
+    cdef handle *h = NULL
+    cdef int error = _begin(r, &h)
+    if error < 0:
+        return error
+    error = _set(r, h, True)
+    if error != DEFERRED:
+        handle_unpin(r.s, h)
+    return error
+
+
+cdef int _look(session *s, handle *h, const lock_request *what, flock_t *range) noexcept nogil:
+    """F_OFD_GETLK in the name of an owner. One that holds nothing is as good as any other."""
+    cdef locked_file *f = file_enter(s, h.node, False)
+    cdef lock_owner *o = owner_find(f, s, what.owner) if f != NULL else NULL
+    cdef int error = 0
+    range[0] = _range(what)
+    if fcntl(o.fd if o != NULL else h.fd, F_OFD_GETLK, range) < 0:
+        error = -errno
+    if f != NULL:
+        file_leave(f)
     return error
 
 
 cdef int op_getlk(request *r) noexcept nogil:
     """GETLK: lock_request → lock_reply: the first lock in the way, or F_UNLCK."""
-    cdef lock_request *body = <lock_request *>r.body
     cdef lock_reply *out = <lock_reply *>r.reply
     cdef flock_t range
     cdef handle *h = NULL
-    cdef int fd, error = _begin(r, &h)
+    cdef int error = _begin(r, &h)
     if error < 0:
         return error
-    error = _lock_range(body, &range)
-    pthread_mutex_lock(&r.s.lock_guard)
-    fd = _owner_fd(r.s, h, body.owner) if error == 0 else error
-    if fd < 0:
-        error = fd
-    elif fcntl(fd, F_OFD_GETLK, &range) < 0:
-        error = -errno
-    pthread_mutex_unlock(&r.s.lock_guard)
+    error = _look(r.s, h, <lock_request *>r.body, &range)
     handle_unpin(r.s, h)
     if error < 0:
         return error
-    out.type = 0 if range.l_type == F_RDLCK else (1 if range.l_type == F_WRLCK else 2)
+    out.type = SHARED if range.l_type == F_RDLCK else (EXCLUSIVE if range.l_type == F_WRLCK else UNLOCKED)
     out.start = range.l_start
     out.end = <uint64_t>END_OF_FILE if range.l_len == 0 else <uint64_t>(range.l_start + range.l_len - 1)
     out.pid = range.l_pid if range.l_pid > 0 else 0
@@ -218,194 +350,128 @@ cdef int op_getlk(request *r) noexcept nogil:
     return 0
 
 
-# ---- waiting -----------------------------------------------------------------------------------------------------
+# ---- ends --------------------------------------------------------------------------------------------------------
 
-cdef void set_answer(answer_function answer) noexcept nogil:
-    """Set who sends the replies of waits."""
-    global _answer
-    _answer = answer
-
-
-cdef void lock_given_back() noexcept nogil:
-    """Somebody who waits may be lucky now."""
-    global _given_back
-    if _wait_count > 0:
-        pthread_mutex_lock(&_waiting_guard)
-        _given_back = True
-        pthread_cond_signal(&_something_changed)
-        pthread_mutex_unlock(&_waiting_guard)
+cdef void _drop_owner(locked_file *f, const session *s, uint64_t owner) noexcept nogil:
+    """End the locks of an owner, if it holds any, and leave the file."""
+    cdef lock_owner *o = owner_find(f, s, owner)
+    cdef lock_wait *ended = NULL
+    if o != NULL:
+        owner_drop(o)
+        _serve_waits(f, &ended)
+    _leave(f, ended)
 
 
-cdef wait **_find_wait_locked(session *s, uint64_t tag) noexcept nogil:
-    cdef wait **at = &_waits
-    while at[0] != NULL and (at[0].s != s or at[0].tag != tag):
-        at = &at[0].next
-    return at
+cdef void drop_locks(session *s, node *n, uint64_t owner) noexcept nogil:
+    """Give back all POSIX locks of an owner on a node: a close(2) of any of its descriptors does that."""
+    cdef locked_file *f = NULL if nothing_locked() else file_enter(s, n, False)
+    if f != NULL:
+        _drop_owner(f, s, owner)
 
 
-cdef bint _queue(wait *w) noexcept nogil:
-    """Put a wait into the list; False if it is there already: the client asked again over a fresh event channel."""
-    global _waits, _wait_count
-    cdef bint fresh
-    pthread_mutex_lock(&_waiting_guard)
-    fresh = _find_wait_locked(w.s, w.tag)[0] == NULL
-    if fresh:
-        w.next = _waits
-        _waits = w
-        _wait_count += 1
-        pthread_cond_signal(&_something_changed)
-    pthread_mutex_unlock(&_waiting_guard)
-    return fresh
+cdef lock_owner *_by_handle(locked_file *f, const session *s, uint64_t id) noexcept nogil:
+    cdef lock_owner *o = f.owners
+    while o != NULL and (o.handle != id or o.s != s):
+        o = o.next
+    return o
 
 
-cdef int op_setlkw(request *r) noexcept nogil:
-    """SETLKW, on the event channel: lock_request → nothing, once the lock is held; EINTR after a CANCEL."""
-    cdef wait *w
-    cdef handle *h = NULL
-    cdef int error = _begin(r, &h)
-    if error < 0:
-        return error
-    error = _try_lock(r.s, h, <lock_request *>r.body)
-    if error != -EAGAIN:
-        handle_unpin(r.s, h)
-        return error
-    w = <wait *>calloc(1, sizeof(wait)) if _wait_count < MAX_WAITS else NULL
-    if w == NULL:
-        handle_unpin(r.s, h)
-        return -ENOLCK
-    w.s = r.s
-    w.h = h
-    w.what = (<lock_request *>r.body)[0]
-    w.tag = r.head.tag
-    if not _queue(w):
-        _drop(w)
-    return DEFERRED
+cdef void end_handle_locks(session *s, handle *h, uint64_t id, bint flocked) noexcept nogil:
+    """A handle has ended, is pinned still: so end its locks and waits.
+
+    By now each process that had it has closed it, and a FLUSH ended that one's locks. What is left is the open file's own.
+    """
+    cdef locked_file *f = NULL
+    cdef lock_wait *ended = NULL
+    cdef lock_owner *o
+    if flocked or not nothing_locked():
+        f = file_enter(s, h.node, False)
+    if flocked:
+        flock(h.fd, LOCK_UN)
+    if f == NULL:
+        return
+    o = _by_handle(f, s, id)
+    while o != NULL:
+        owner_drop(o)
+        o = _by_handle(f, s, id)
+    _serve_waits(f, &ended)
+    _leave(f, ended)
 
 
-cdef wait *_take_locked(wait **at) noexcept nogil:
-    global _wait_count
-    cdef wait *taken = at[0]
-    at[0] = taken.next
-    _wait_count -= 1
+cdef lock_wait *_take_all(locked_file *f, const session *s) noexcept nogil:
+    cdef lock_wait **at = &f.waits
+    cdef lock_wait *taken = NULL
+    cdef lock_wait *w
+    while at[0] != NULL:
+        if at[0].s != s:
+            at = &at[0].next
+            continue
+        w = wait_take(at)
+        w.next = taken
+        taken = w
     return taken
 
 
-cdef void _drop(wait *w) noexcept nogil:
-    handle_unpin(w.s, w.h)
-    free(w)
-
-
-cdef void cancel_wait(session *s, uint64_t tag) noexcept nogil:
-    """CANCEL: the waiter was interrupted. A wait that has ended meanwhile was answered already."""
-    cdef wait **at
-    cdef wait *found = NULL
-    pthread_mutex_lock(&_waiting_guard)
-    at = _find_wait_locked(s, tag)
-    if at[0] != NULL:
-        found = _take_locked(at)
-    pthread_mutex_unlock(&_waiting_guard)
-    if found != NULL:
-        _answer(s, tag, -EINTR)
-        _drop(found)
-
-
-cdef void _cancel_waits_of(session *s, node *n, uint64_t owner) noexcept nogil:
-    """The owner closed the file: what it still waits for must not be granted to it later."""
-    cdef wait **at
-    if _wait_count == 0:
-        return
-    pthread_mutex_lock(&_waiting_guard)
-    at = &_waits
-    while at[0] != NULL:
-        if at[0].s == s and at[0].h.node == n and at[0].what.owner == owner and not at[0].what.flags & LOCK_FLOCK:
-            _drop(_take_locked(at))
-        else:
-            at = &at[0].next
-    pthread_mutex_unlock(&_waiting_guard)
+cdef void _abandon_waits(session *s) noexcept nogil:
+    cdef locked_file *f = file_awaited(s)
+    cdef lock_wait *taken
+    cdef lock_wait *w
+    while f != NULL:
+        taken = _take_all(f, s)
+        file_leave(f)
+        while taken != NULL:
+            w = taken
+            taken = w.next
+            _drop(w)
+        f = file_awaited(s)
 
 
 cdef void abandon_waits(session *s) noexcept nogil:
-    """The session ends: its waits end without an answer."""
-    cdef wait **at
-    pthread_mutex_lock(&_waiting_guard)
-    while _answering == s:
-        pthread_cond_wait(&_answered, &_waiting_guard)
-    at = &_waits
-    while at[0] != NULL:
-        if at[0].s == s:
-            _drop(_take_locked(at))
-        else:
-            at = &at[0].next
-    pthread_mutex_unlock(&_waiting_guard)
+    """The session ends: its waits end without an answer, and its POSIX locks."""
+    cdef locked_file *f
+    cdef uint64_t owner = 0
+    _abandon_waits(s)
+    f = file_of_session(s, &owner)
+    while f != NULL:
+        _drop_owner(f, s, owner)
+        f = file_of_session(s, &owner)
 
 
-cdef int _try_wait(wait *w) noexcept nogil:
-    return -EINTR if w.h.flags & HANDLE_ENDED else _try_lock(w.s, w.h, &w.what)
+# ---- the thread that polls ---------------------------------------------------------------------------------------
 
-
-cdef wait **_next_ended_locked(int *error) noexcept nogil:
-    """The first wait that is granted now, or has failed for good."""
-    cdef wait **at = &_waits
-    while at[0] != NULL:
-        error[0] = _try_wait(at[0])
-        if error[0] != -EAGAIN:
-            break
-        at = &at[0].next
-    return at
-
-
-cdef bint _try_all_locked() noexcept nogil:
-    """Try all waits, answer those that end; whether there was any. The guard is let go meanwhile."""
-    global _answering
-    cdef wait **at
-    cdef wait *ended
-    cdef int error = 0
-    cdef bint progress = False
-    at = _next_ended_locked(&error)
-    while at[0] != NULL:
-        progress = True
-        ended = _take_locked(at)
-        _answering = ended.s
-        pthread_mutex_unlock(&_waiting_guard)
-        _answer(ended.s, ended.tag, error)      # a peer that does not read delays nobody who wants the guard
-        _drop(ended)
-        pthread_mutex_lock(&_waiting_guard)
-        _answering = NULL
-        pthread_cond_broadcast(&_answered)
-        at = _next_ended_locked(&error)
-    return progress
-
-
-cdef void _pause_locked(int64_t delay_us) noexcept nogil:
-    """Sleep until the delay has passed or a lock was given back; without waits, until there is one."""
-    global _given_back
+cdef void _sleep_until(int64_t at_us) noexcept nogil:
+    """Sleep until then, or until somebody rings."""
+    global _rung
+    cdef int64_t delay_us = max(at_us - now_us(), <int64_t>0)
     cdef timespec until
     real_clock(CLOCK_REALTIME, &until)
-    until.tv_nsec += (delay_us if _waits != NULL else 1000000) * 1000
-    until.tv_sec += until.tv_nsec // 1000000000
+    until.tv_nsec += delay_us % 1000000 * 1000
+    until.tv_sec += delay_us // 1000000 + until.tv_nsec // 1000000000
     until.tv_nsec = until.tv_nsec % 1000000000
-    if not _given_back:
-        pthread_cond_timedwait(&_something_changed, &_waiting_guard, &until)
-    _given_back = False
+    pthread_mutex_lock(&_bell_guard)
+    if not _rung and not _stopping:
+        pthread_cond_timedwait(&_bell, &_bell_guard, &until)
+    _rung = False
+    pthread_mutex_unlock(&_bell_guard)
 
 
 cdef void wait_for_locks() noexcept nogil:
-    """The thread that tries waits again, until stop_waiting_for_locks."""
-    cdef int64_t delay_us = SHORTEST_RETRY_US
-    pthread_mutex_lock(&_waiting_guard)
+    """The thread that polls, until stop_waiting_for_locks."""
+    cdef locked_file *f
+    cdef lock_wait *ended
+    cdef int64_t next_us = 0
     while not _stopping:
-        _pause_locked(delay_us)
-        if _try_all_locked():
-            delay_us = SHORTEST_RETRY_US
+        f = file_due(now_us(), &next_us)
+        if f != NULL:
+            ended = NULL
+            _serve_waits(f, &ended)
+            _leave(f, ended)
         else:
-            delay_us = min(delay_us * 2, <int64_t>LONGEST_RETRY_US)
-    pthread_mutex_unlock(&_waiting_guard)
+            _sleep_until(next_us if next_us > 0 else now_us() + IDLE_US)
 
 
 cdef void stop_waiting_for_locks() noexcept nogil:
     """End the thread."""
     global _stopping
-    pthread_mutex_lock(&_waiting_guard)
     _stopping = True
-    pthread_cond_signal(&_something_changed)
-    pthread_mutex_unlock(&_waiting_guard)
+    _ring()

@@ -12,17 +12,17 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from qtfs_common.protocol cimport NODE_STREAM_WRITER, NODE_UNCACHED, OP_READ, OP_WRITE, OPENED_UNCACHED, POLL_NOTIFY, \
     READ_NONBLOCK, WRITE_NONBLOCK, attributes_reply, count_reply, open_reply, poll_reply, poll_request, read_request, \
     write_request
-from qtfs_server.handles cimport handle_new, handle_new_stream, handle_pin, handle_unpin
+from qtfs_server.handles cimport handle_new, handle_new_stream, handle_pin, handle_pin_stream, handle_unpin
 from qtfs_server.descriptors cimport proc_path
 from qtfs_server.identity cimport act_as_root
 from qtfs_server.includes.linux cimport AT_FDCWD, O_ACCMODE, O_CLOEXEC, O_NOCTTY, O_NONBLOCK, O_RDONLY, O_RDWR, \
-    O_WRONLY, S_IFBLK, S_IFCHR, S_IFIFO, S_IFMT, S_IFREG, S_IFSOCK, close, openat, pread, snprintf
+    O_WRONLY, S_IFBLK, S_IFCHR, S_IFIFO, S_IFMT, S_IFREG, S_IFSOCK, close, ioctl, openat, pread, snprintf
 from qtfs_server.nodes cimport node_allowed
 from qtfs_server.openers cimport wait_to_open
 from qtfs_server.policy cimport ALLOW_DEVICE
 from qtfs_server.request cimport DEFERRED, MALFORMED, as_caller, request
-from qtfs_server.session cimport HANDLE_POLLABLE, HANDLE_WRITABLE, handle, node
-from qtfs_server.streams cimport stream_arm, stream_wait_for
+from qtfs_server.session cimport HANDLE_POLLABLE, HANDLE_STREAM, HANDLE_WRITABLE, handle, node
+from qtfs_server.streams cimport stream_arm, stream_take_news, stream_wait_for
 
 cdef extern from "<poll.h>" nogil:
     struct pollfd:
@@ -38,6 +38,10 @@ cdef extern from "<poll.h>" nogil:
 
 cdef extern from "<stdlib.h>" nogil:
     unsigned long long strtoull(const char *, char **, int)
+
+cdef extern from "<sys/ioctl.h>" nogil:
+    enum:
+        FIONREAD
 
 cdef extern from "<unistd.h>" nogil:
     ssize_t read(int, void *, size_t)
@@ -73,13 +77,26 @@ cdef uint64_t _block_device_bytes(uint32_t rdev) noexcept nogil:
     return strtoull(text, NULL, 10) * SECTOR_BYTES
 
 
+cdef uint32_t _bytes_to_read(int fd) noexcept nogil:
+    """FIONREAD of a stream; 0 if it cannot tell."""
+    cdef int available = 0
+    return <uint32_t>available if ioctl(fd, FIONREAD, &available) == 0 and available > 0 else 0
+
+
 cdef void show_as_stream(request *r, const node *n, attributes_reply *out) noexcept nogil:
     """Attributes of a special file under the alias that is for reading and writing: a regular file's."""
+    cdef handle *h = NULL
     if n.type == S_IFBLK:
         out.attr.size = _block_device_bytes(out.attr.rdev)
-    else:
+    elif r.who.node & NODE_STREAM_WRITER == NODE_STREAM_WRITER:
         # A kernel lets only one write beyond the end of a file wait at a time, and the others not even be killed.
-        out.attr.size = ENDLESS if r.who.node & NODE_STREAM_WRITER == NODE_STREAM_WRITER else 0
+        out.attr.size = ENDLESS
+    else:
+        # The client's kernel answers FIONREAD from it, and asks without a handle.
+        h = handle_pin_stream(r.s, n)
+        out.attr.size = _bytes_to_read(h.fd) if h != NULL else 0
+        if h != NULL:
+            handle_unpin(r.s, h)
     out.attr.mode = (out.attr.mode & ~<uint32_t>S_IFMT) | S_IFREG
     out.attr.rdev = 0
     out.node_flags |= NODE_UNCACHED
@@ -206,8 +223,10 @@ cdef int op_poll(request *r) noexcept nogil:
         # After it is armed, so that a change is seen by the one or announced by the other.
         if error == 0 and poll(&fds, 1, 0) < 0:
             error = -errno
+        out.revents = <uint16_t>fds.revents | stream_take_news(h)
+    else:
+        out.revents = <uint16_t>fds.revents
+    out.available = _bytes_to_read(h.fd) if h.flags & HANDLE_STREAM and fds.revents & POLLIN else 0
     handle_unpin(r.s, h)
-    out.revents = <uint16_t>fds.revents
-    out.reserved = 0
     r.reply_bytes = sizeof(poll_reply)
     return 0 if error == -EPERM else error

@@ -245,7 +245,7 @@ def test_a_broken_configuration_is_reported_even_if_not_needed(parse: Any, confi
         ("serve=2", "unknown option 'serve=2'"),
         ("server=2,proc", "unknown option 'proc'"),
         ("server=2,propagate", "unknown option 'propagate'"),
-        ("server=2,special=x", "special: 'x' is not one of remote, local"),
+        ("server=2,special=x", "option 'special': 'x' is not one of remote, local"),
         ("server=2,lazy_cleanup", "unknown option 'lazy_cleanup'"),
         ("server=2,nosymfollow", "unknown option 'nosymfollow'"),
         ("server=2,remount,ro", "option 'remount'"),

@@ -13,52 +13,15 @@ from pathlib import Path
 import pytest
 from harness import wire
 from harness.engine_process import EngineProcess
+from harness.locking import FLOCK, NOBODY_IN_THE_WAY, READ, UNLOCK, WRITE, Opened
 from harness.session import Session, is_closed_by_peer
 from harness.waiting import wait_until
-from harness.wire import END_OF_FILE, ROOT, Lock
+from harness.wire import END_OF_FILE, Lock
 
 from qtfs_common.protocol import OPERATIONS
 
-READ, WRITE, UNLOCK = 0, 1, 2
-FLOCK = 1
-NOBODY_IN_THE_WAY = 2
 #: F_OFD_SETLK of <asm-generic/fcntl.h>, which Python 3.11 does not name.
 OFD_SETLK = 37
-
-
-class Opened:
-    """A session's handle on the file that all lock."""
-
-    def __init__(self, session: Session) -> None:
-        self.session = session
-        self.node = session.lookup(ROOT, b"file").node
-        self.handle = session.open(self.node, os.O_RDWR).handle
-
-    def lock(self, kind: int, start: int = 0, end: int = END_OF_FILE, owner: int = 1, flags: int = 0) -> int:
-        """SETLK's errno."""
-        body = self.session.lock_body(self.handle, owner, kind, start, end, flags)
-        return self.session.ask("SETLK", body).error
-
-    def look(self, kind: int, start: int = 0, end: int = END_OF_FILE, owner: int = 1) -> Lock:
-        return self.session.getlk(self.handle, owner, kind, lock={"start": start, "end": end})
-
-    def wait(self, kind: int, tag: int, start: int = 0, end: int = END_OF_FILE, owner: int = 1, flags: int = 0) -> None:
-        """Send SETLKW; the reply comes over the event channel."""
-        self.session.event().send("SETLKW", self.wait_body(kind, start, end, owner, flags), tag)
-
-    def wait_body(self, kind: int, start: int = 0, end: int = END_OF_FILE, owner: int = 1, flags: int = 0) -> bytes:
-        return wire.caller(ROOT) + self.session.lock_body(self.handle, owner, kind, start, end, flags)
-
-    def outcome(self, timeout_s: float = 10.0) -> tuple[int, int]:
-        """Tag and errno of the next SETLKW that ends."""
-        reply = self.session.event().receive(timeout_s)
-        assert reply.body == b""
-        return reply.tag, reply.error
-
-    def is_waiting(self) -> bool:
-        """Nothing has come yet, and the engine has seen all that was sent before."""
-        self.session.event().send("PING", tag=999)
-        return self.outcome() == (999, 0)
 
 
 @pytest.fixture

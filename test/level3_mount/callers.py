@@ -12,6 +12,7 @@ import fcntl
 import mmap
 import os
 import signal
+import struct
 import sys
 import threading
 import time
@@ -19,6 +20,8 @@ from collections.abc import Callable
 
 _libc = ctypes.CDLL(None, use_errno=True)
 MIB = 1 << 20
+#: <asm-generic/fcntl.h>; Python 3.11 does not name them.
+_OFD_SETLK, _OFD_SETLKW = 37, 38
 
 
 def say(word: object) -> None:
@@ -68,6 +71,33 @@ def hold(kind: str, path: str) -> None:
     else:
         fcntl.lockf(fd, fcntl.LOCK_EX)
     ready()
+
+
+def locks(path: str) -> None:
+    """Lock as told: each line is a kind (posix, ofd, flock), a type (r, w, u), whether to wait, start and length.
+
+    Says what came of it. SIGALRM interrupts. An empty line closes the file, the end of input ends the process.
+    """
+    signal.signal(signal.SIGALRM, lambda number, frame: None)
+    signal.siginterrupt(signal.SIGALRM, True)
+    fd = os.open(path, os.O_RDWR)
+    say("ready")
+    for line in sys.stdin:
+        if not line.strip():
+            os.close(fd)
+            say("closed")
+            continue
+        kind, what, waits, start, length = line.split()
+        say(outcome(_lock(fd, kind, "rwu".index(what), waits == "wait", int(start), int(length))))
+
+
+def _lock(fd: int, kind: str, what: int, waits: bool, start: int, length: int) -> int:
+    if kind == "flock":
+        operation = (fcntl.LOCK_SH, fcntl.LOCK_EX, fcntl.LOCK_UN)[what]
+        return int(_libc.flock(fd, operation | (0 if waits else fcntl.LOCK_NB)))
+    command = {"posix": (fcntl.F_SETLK, fcntl.F_SETLKW), "ofd": (_OFD_SETLK, _OFD_SETLKW)}[kind][waits]
+    kinds = (fcntl.F_RDLCK, fcntl.F_WRLCK, fcntl.F_UNLCK)
+    return int(_libc.fcntl(fd, command, struct.pack("hhqqi4x", kinds[what], os.SEEK_SET, start, length, 0)))
 
 
 def write_many(directory: str, count: str) -> None:
@@ -123,7 +153,7 @@ def change_mapping(path: str) -> None:
     ready()
 
 
-JOBS = {job.__name__: job for job in (mkdir, write, stat, hold, write_many, churn, change_mapping)}
+JOBS = {job.__name__: job for job in (mkdir, write, stat, hold, locks, write_many, churn, change_mapping)}
 
 if __name__ == "__main__":
     JOBS[sys.argv[1]](*sys.argv[2:])

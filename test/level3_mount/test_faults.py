@@ -8,10 +8,8 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import queue
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from calling import calling
 from harness.engine_process import EngineProcess, everything_below
 from harness.fault_proxy import Cut, Fault, FaultProxy, Message, once, stop, stopped
 from harness.leaks import environment
@@ -28,78 +27,8 @@ from kit import in_child, outcome
 
 pytestmark = pytest.mark.root
 
-CALLERS = Path(__file__).with_name("callers.py")
 NOBODY = 65534
 CAUGHT_SIGNAL_S = 2.0  # how long a caller that caught a signal still waits for success
-
-
-# ---- programs
-
-
-class Caller:
-    """A job of callers.py: it is ready, and `go` makes it begin."""
-
-    def __init__(self, job: str, *arguments: object) -> None:
-        command = [sys.executable, "-I", "-S", str(CALLERS), job, *map(str, arguments)]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment()
-        )
-        self._said: queue.Queue[str] = queue.Queue()
-        self._reader = threading.Thread(target=self._listen, daemon=True)
-        self._reader.start()
-
-    def _listen(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self._said.put(line.rstrip("\n"))
-        self._said.put("(ended)")
-
-    def go(self) -> Caller:
-        assert self.process.stdin is not None
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        return self
-
-    def says(self, timeout_s: float = 10.0) -> str:
-        try:
-            return self._said.get(timeout=timeout_s)
-        except queue.Empty:
-            raise AssertionError(f"{self.process.args!r} said nothing within {timeout_s:g} s") from None
-
-    def is_silent_for(self, seconds: float) -> bool:
-        """Whether it says nothing for so long: this is what is tested, not a pause."""
-        try:
-            self._said.get(timeout=seconds)
-        except queue.Empty:
-            return True
-        return False
-
-    def kill(self, timeout_s: float = 10.0) -> float:
-        """SIGKILL; how many seconds it took to die."""
-        begun = time.monotonic()
-        self.process.kill()
-        self.process.wait(timeout_s)
-        return time.monotonic() - begun
-
-    def end(self) -> None:
-        with contextlib.suppress(OSError):
-            self.process.kill()
-        self.process.wait(20)
-        for stream in (self.process.stdin, self.process.stdout):
-            assert stream is not None
-            with contextlib.suppress(BrokenPipeError):
-                stream.close()
-
-
-@contextlib.contextmanager
-def calling(job: str, *arguments: object) -> Iterator[Caller]:
-    """A caller that is ready; killed at the end."""
-    caller = Caller(job, *arguments)
-    try:
-        assert caller.says() == "ready"
-        yield caller
-    finally:
-        caller.end()
 
 
 def timed(call: Callable[[], object]) -> float:

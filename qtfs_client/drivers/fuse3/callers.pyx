@@ -146,6 +146,11 @@ cdef uint64_t caller_alias(uint32_t pid) noexcept nogil:
     return NODE_STREAM_READER if flags & O_ACCMODE == O_RDONLY else NODE_STREAM_WRITER
 
 
+def wants_to_open(uint32_t pid) -> bool:
+    """Whether a thread looks a name up in order to open it."""
+    return caller_alias(pid) != 0
+
+
 cdef bint callers_can_be_seen() noexcept nogil:
     """Whether this kernel tells, and tells us, what system call a thread is in."""
     cdef char text[8]

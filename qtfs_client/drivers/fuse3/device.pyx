@@ -10,9 +10,9 @@ from qtfs_client.drivers.fuse3.state cimport CACHE_ALWAYS, CACHE_NONE, REQUEST_P
 from qtfs_client.includes.fuse_abi cimport FUSE_ASYNC_DIO, FUSE_ASYNC_READ, FUSE_ATOMIC_O_TRUNC, FUSE_AUTO_INVAL_DATA, \
     FUSE_BIG_WRITES, FUSE_CACHE_SYMLINKS, FUSE_DIRECT_IO_ALLOW_MMAP, FUSE_DO_READDIRPLUS, FUSE_DONT_MASK, \
     FUSE_FLOCK_LOCKS, FUSE_HANDLE_KILLPRIV_V2, FUSE_HAS_IOCTL_DIR, FUSE_INIT, FUSE_INIT_EXT, FUSE_MAJOR, FUSE_MAX_PAGES, \
-    FUSE_MINOR, FUSE_NOTIFY_INVAL_INODE, FUSE_OLDEST_MINOR, FUSE_PARALLEL_DIROPS, FUSE_POSIX_ACL, FUSE_POSIX_LOCKS, \
+    FUSE_MINOR, FUSE_NOTIFY_INVAL_INODE, FUSE_NOTIFY_STORE, FUSE_OLDEST_MINOR, FUSE_PARALLEL_DIROPS, FUSE_POSIX_ACL, FUSE_POSIX_LOCKS, \
     FUSE_READDIRPLUS_AUTO, FUSE_SETXATTR_EXT, fuse_in_header, fuse_init_in, fuse_init_out, fuse_notify_inval_inode_out, \
-    fuse_out_header
+    fuse_notify_store_out, fuse_out_header
 from qtfs_client.includes.linux cimport FUSE_DEV_IOC_CLONE, O_CLOEXEC, O_NONBLOCK, O_RDWR, close, ioctl, iovec, open, \
     read, writev
 
@@ -70,6 +70,21 @@ cdef void forget_cached_attributes(mount_state *m, uint64_t node) noexcept nogil
     what.off = -1
     what.len = 0
     write_reply(m.device, 0, FUSE_NOTIFY_INVAL_INODE, &what, sizeof(what), NULL, 0)
+
+
+cdef void show_size(mount_state *m, uint64_t node, uint64_t size) noexcept nogil:
+    """Make the kernel believe that a node, which nobody caches, has at least that size.
+
+    It answers FIONREAD of what looks like a regular file from its own idea of the size. The byte that goes with this is
+    put into a page that direct I/O never looks at.
+    """
+    cdef fuse_notify_store_out what
+    cdef uint8_t nothing = 0
+    memset(&what, 0, sizeof(what))
+    what.nodeid = node
+    what.offset = size - 1
+    what.size = 1
+    write_reply(m.device, 0, FUSE_NOTIFY_STORE, &what, sizeof(what), &nothing, 1)
 
 
 # ---- INIT ----------------------------------------------------------------------------------------------------------

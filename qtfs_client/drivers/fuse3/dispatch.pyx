@@ -197,13 +197,14 @@ cdef bint _releases_ended(worker *w) noexcept nogil:
 
 
 cdef void _serve_setlk(worker *w) noexcept nogil:
-    """SETLK. close(2) returns before its RELEASE, so a flock(2) that comes next may find the old lock still held."""
+    """SETLK. close(2) returns before its RELEASE, so what comes next may find the old lock still held: one of flock(2),
+    or of an open file description.
+    """
     cdef message given
     cdef int status
     _note_lock(w)
     status = _ask(w, &given)
-    if status == 1 and not w.answered and given.head.error == EAGAIN and \
-            (<fuse_lk_in *>w.argument).lk_flags & FUSE_LK_FLOCK and _releases_ended(w):
+    if status == 1 and not w.answered and given.head.error == EAGAIN and _releases_ended(w):
         status = _ask(w, &given)
     _conclude(w, status, &given)
 
@@ -230,9 +231,12 @@ cdef void _let_wait(worker *w, uint16_t op, uint64_t done) noexcept nogil:
 
 
 cdef void _serve_open(worker *w) noexcept nogil:
-    """OPEN: a FIFO's may have to wait for the other end."""
+    """OPEN: a FIFO's may have to wait for the other end. An end that was closed before must be seen to be closed."""
     cdef message given
-    cdef int status = _ask(w, &given)
+    cdef int status
+    if w.request.nodeid & NODE_ALIAS:
+        _releases_ended(w)
+    status = _ask(w, &given)
     if status == 1 and not w.answered and given.head.error == EINPROGRESS:
         _let_wait(w, OP_OPEN, 0)
     else:

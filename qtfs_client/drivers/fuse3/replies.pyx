@@ -9,13 +9,14 @@ from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport realloc
 from libc.string cimport memset
 
-from qtfs_client.drivers.fuse3.device cimport forget_cached_attributes, reply, reply_error, write_reply
+from qtfs_client.drivers.fuse3.device cimport forget_cached_attributes, reply, reply_error, show_size, write_reply
 from qtfs_client.drivers.fuse3.state cimport CACHE_ALWAYS, CACHE_AUTO, CACHE_NONE, MAKES_ENTRIES, MAKES_ENTRY, \
     MAKES_HANDLE, MAX_FORGETS, mount_state, replier, worker
 from qtfs_client.includes.fuse_abi cimport *
 from qtfs_client.includes.linux cimport pthread_mutex_lock, pthread_mutex_unlock
-from qtfs_common.protocol cimport NODE_ALIAS, NODE_UNCACHED, OPENED_CHANGED, OPENED_STREAM, OPENED_UNCACHED, create_reply, direntry_bytes, \
-    direntry_plus, entry, forget_item, ioctl_reply, open_reply
+from qtfs_common.protocol cimport NODE_ALIAS, NODE_STREAM_READER, NODE_UNCACHED, OPENED_CHANGED, OPENED_STREAM, \
+    OPENED_UNCACHED, create_reply, direntry_bytes, \
+    direntry_plus, entry, forget_item, ioctl_reply, open_reply, poll_reply
 from qtfs_common.transport cimport message
 
 cdef extern from "<sys/stat.h>" nogil:
@@ -173,6 +174,16 @@ cdef int _answer_xattr(worker *w, message *m) noexcept nogil:
     return reply(w, m.body, m.body_bytes)
 
 
+cdef int _answer_poll(worker *w, message *m) noexcept nogil:
+    cdef poll_reply *out = <poll_reply *>m.body
+    if m.body_bytes != sizeof(poll_reply):
+        return reply_error(w, EIO)
+    if out.available > 0 and w.request.nodeid & NODE_ALIAS == NODE_STREAM_READER:
+        show_size(w.mount, w.request.nodeid, out.available)
+    out.available = 0
+    return reply(w, out, sizeof(poll_reply))
+
+
 cdef int _answer_ioctl(worker *w, message *m) noexcept nogil:
     cdef fuse_ioctl_out out
     if m.body_bytes < sizeof(ioctl_reply) or \
@@ -263,6 +274,7 @@ for _opcode in (FUSE_GETXATTR, FUSE_LISTXATTR):
     _repliers[_opcode] = _answer_xattr
 for _opcode in (FUSE_READ, FUSE_READDIR):
     _repliers[_opcode] = _answer_data
+_repliers[FUSE_POLL] = _answer_poll
 _repliers[FUSE_OPEN] = _answer_open
 _repliers[FUSE_OPENDIR] = _answer_opendir
 _repliers[FUSE_READDIRPLUS] = _answer_readdirplus

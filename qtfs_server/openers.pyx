@@ -148,25 +148,26 @@ cdef int _open(opening *job, identity *me) noexcept nogil:
     return fd
 
 
-cdef void _answer(opening *job, int fd) noexcept nogil:
-    """Tell the client of its handle or -errno. Whoever merely tried to cancel gets what came of it."""
-    cdef open_reply out
-    if fd >= 0:
-        fcntl(fd, F_SETFL, O_NONBLOCK)
-        fd = handle_new_stream(job.s, job.n, fd, job.flags, &out)
-    event_reply(job.s, OP_OPEN, job.tag, min(fd, 0), &out, sizeof(out))
+cdef int _grant(opening *job, int fd, open_reply *out) noexcept nogil:
+    """The handle of what was opened, which is taken over. 0 or -errno."""
+    if job.abandoned:
+        close(fd)
+        return -EINTR
+    fcntl(fd, F_SETFL, O_NONBLOCK)
+    return handle_new_stream(job.s, job.n, fd, job.flags, out)
 
 
 cdef void _run(opening *job, identity *me) noexcept nogil:
+    """Open, and answer. Whoever merely tried to cancel gets what came of it."""
     global _count, _cancelled, _free_threads
-    cdef int fd = -EINTR if job.abandoned else _open(job, me)
-    # While it is among the running ones, so that the same request, if it comes again, meets the one or the other.
-    if not job.abandoned:
-        _answer(job, fd)
-    elif fd >= 0:
-        close(fd)
+    cdef open_reply out
+    cdef int error = -EINTR if job.abandoned else _open(job, me)
+    if error >= 0:
+        error = _grant(job, error, &out)
     pthread_mutex_lock(&_guard)
+    # In one step: the same request, should it come again, finds itself either among the running ones or answered.
     _unlink_locked(&_running, job)
+    event_reply(job.s, OP_OPEN, job.tag, error, &out, sizeof(out))
     _count -= 1
     _free_threads += 1
     if job.cancelled:

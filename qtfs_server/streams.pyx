@@ -18,7 +18,7 @@ from libc.string cimport memcpy
 from qtfs_common.protocol cimport MAX_PAYLOAD, OP_READ, OP_READY, OP_WRITE, count_reply
 from qtfs_server.events cimport event_answered, event_bell, event_notify, event_reply, flush_blocked
 from qtfs_server.handles cimport handle_unpin, set_stream_functions
-from qtfs_server.includes.linux cimport pthread_cond_broadcast, pthread_cond_init, pthread_cond_t, pthread_cond_wait, \
+from qtfs_server.includes.linux cimport F_GETFL, O_ACCMODE, O_RDWR, fcntl, pthread_cond_broadcast, pthread_cond_init, pthread_cond_t, pthread_cond_wait, \
     pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock
 from qtfs_server.openers cimport press_cancelled
 from qtfs_server.session cimport HANDLE_STREAM, handle, session, session_hold, session_unref
@@ -69,6 +69,8 @@ cdef enum:
     NEWS = POLLPRI | POLLERR
     LOOKS = 3                           # at news that stay until they are read
     POLLABLE_EVENTS = 0x27df            # what poll(2) and epoll(7) can ask for, EPOLLEXCLUSIVE and the like apart
+    WRITING_EVENTS = 0x304              # OUT, WRNORM, WRBAND
+    READING_EVENTS = 0x24db             # all the others
     AGAIN_MS = 10                       # until the next try where a peer's socket was full or an open(2) does not end
 
 cdef pthread_mutex_t _all_guard
@@ -262,6 +264,16 @@ cdef stream_wait **_find_wait_locked(stream *st, uint64_t tag) noexcept nogil:
     return at
 
 
+cdef uint32_t _widened(const stream *st, uint32_t events) noexcept nogil:
+    """Events to watch for so that there will hardly ever be more: adding some makes the epoll report how the file stands."""
+    cdef uint32_t wide = events & POLLABLE_EVENTS | <uint32_t>EPOLLPRI
+    if (fcntl(st.fd, F_GETFL) & O_ACCMODE) != O_RDWR:
+        return POLLABLE_EVENTS          # it can do nothing in the other direction
+    if wide & WRITING_EVENTS:
+        wide |= WRITING_EVENTS
+    return wide | READING_EVENTS
+
+
 cdef int _watch_locked(stream *st, uint32_t events) noexcept nogil:
     """Add events to what the epoll watches for. 0 or -errno; -EPERM: it cannot be polled."""
     cdef epoll_event event
@@ -305,7 +317,7 @@ cdef int stream_wait_for(session *s, handle *h, uint16_t op, uint64_t tag, const
         free(wait)
         return -ENOMEM
     pthread_mutex_lock(&st.guard)
-    error = _watch_locked(st, <uint32_t>EPOLLIN if op == OP_READ else <uint32_t>EPOLLOUT)
+    error = _watch_locked(st, _widened(st, <uint32_t>EPOLLIN if op == OP_READ else <uint32_t>EPOLLOUT))
     if error < 0:
         pthread_mutex_unlock(&st.guard)
         free(wait)
@@ -447,7 +459,7 @@ cdef int stream_arm(session *s, handle *h, uint64_t notify, uint32_t events) noe
         return -ENOMEM
     pthread_mutex_lock(&st.guard)
     # Without any event asked for, errors and hang-ups are still of interest.
-    missing = (events & POLLABLE_EVENTS | <uint32_t>EPOLLPRI) & ~st.interest
+    missing = _widened(st, events) & ~st.interest
     if missing != 0:
         _latch_locked(st, 0)            # adding it to the epoll is a look, too
     pthread_mutex_unlock(&st.guard)

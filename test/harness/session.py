@@ -296,10 +296,13 @@ class Session:
 
     def poll(self, handle: int, events: int, notify: int | None = None, **options: Any) -> int:
         """What of `events` is ready; `notify` is the tag of the READY to come."""
+        return self.poll_and_count(handle, events, notify, **options)[0]
+
+    def poll_and_count(self, handle: int, events: int, notify: int | None = None, **options: Any) -> tuple[int, int]:
+        """What is ready, and how many bytes there are to read."""
         body = struct.pack("<QQII", handle, notify or 0, events, notify is not None)
-        revents, reserved = struct.unpack("<II", self.call("POLL", body, **options))
-        assert reserved == 0
-        return int(revents)
+        revents, available = struct.unpack("<II", self.call("POLL", body, **options))
+        return revents, available
 
     def release(self, handle: int, flags: int = 0, op: str = "RELEASE", **options: Any) -> None:
         self.call(op, struct.pack("<QQII", handle, 0, flags, 0), **options)

@@ -203,8 +203,44 @@ cdef int _execute_event(worker *w, session *s, const message *msg) noexcept nogi
     return 0
 
 
+cdef bint _enter_event(session *s, connection *c) noexcept nogil:
+    """Wait until no other message is being executed. False: the session has a fresh event channel.
+
+    What was left unread on the old one has come again there, and may have been answered and confirmed: then nobody
+    would know any more that it comes late.
+    """
+    cdef bint busy = True
+    cdef bint current = True
+    while busy and current:
+        pthread_mutex_lock(&s.guard)
+        current = s.event == c
+        busy = s.event_busy
+        if current and not busy:
+            s.event_busy = True
+        pthread_mutex_unlock(&s.guard)
+        if busy and current:
+            usleep(EXECUTING_POLL_US)
+    return current
+
+
+cdef void _leave_event(session *s) noexcept nogil:
+    pthread_mutex_lock(&s.guard)
+    s.event_busy = False
+    pthread_mutex_unlock(&s.guard)
+
+
 cdef int _serve_event(worker *w, connection *c, const message *msg) noexcept nogil:
-    """One message of an event channel. 0 or -EPROTO."""
+    """One message of an event channel. 0, or -errno to close it."""
+    cdef int result
+    if not _enter_event(c.s, c):
+        return -ESTALE
+    result = _execute_event_message(w, c, msg)
+    _leave_event(c.s)
+    return result
+
+
+cdef int _execute_event_message(worker *w, connection *c, const message *msg) noexcept nogil:
+    """0 or -EPROTO."""
     event_acknowledged(c.s, msg.head.sequence)
     if msg.head.op == OP_PING and msg.body_bytes == 0:
         event_pong(c.s, msg.head.tag)
@@ -612,6 +648,7 @@ cdef class Server:
             return 0
         log.info("session %016x: ended", s.id)
         pthread_mutex_lock(&s.guard)
+        s.ended = True
         for slot in range(s.slots + 1):
             c = <connection *>(s.event if slot == s.slots else s.slot_table[slot].connection)
             if c != NULL:

@@ -89,6 +89,7 @@ cdef struct session:
     bint read_only
     int64_t idle_since_us           # when the last connection went
     void *event                     # connection of the event channel; changes under both guards
+    bint event_busy                 # a message of it, or of the one before, is being executed
     pthread_mutex_t outbox_guard    # the event channel's output (events.pyx)
     outgoing *outbox                # in order: sent and not acknowledged, then not sent
     outgoing **outbox_end

@@ -25,6 +25,7 @@ cdef extern from "<fcntl.h>" nogil:
         AT_EACCESS
         AT_NO_AUTOMOUNT
         O_ACCMODE
+        F_GETFL
         F_SETFL
         O_APPEND
         O_CLOEXEC

@@ -535,7 +535,11 @@ cdef class Server:
         except Exception:
             log.exception("a session message could not be answered")
             return -EPROTO
-        return _reply(c, msg.head.op, msg.head.tag, error, reply)
+        try:
+            return _reply(c, msg.head.op, msg.head.tag, error, reply)
+        finally:
+            if msg.head.op == OP_ATTACH and c.state == STATE_EVENT:
+                pthread_mutex_unlock(&c.send_guard)
 
     cdef bytes _hello(self, connection *c, bytes body):
         """Agree on a version. A peer with no version in common gets EPROTONOSUPPORT and, in the body, what we speak."""
@@ -607,6 +611,7 @@ cdef class Server:
         c.ch.limit = MAX_MESSAGE
         pthread_mutex_lock(&s.guard)
         if slot == EVENT_SLOT:
+            pthread_mutex_lock(&c.send_guard)   # until the reply to ATTACH is out: others' answers come after it
             older = <connection *>s.event
             s.event = c
         else:

@@ -80,6 +80,7 @@ class MountOptions:
     log_level: str = DEFAULT_LOG_LEVEL
     rules: tuple[Rule, ...] = ()
     foreground: bool = False
+    propagate: bool = False
     fake: bool = False
     verbose: bool = False
     namespace: str | None = None
@@ -127,6 +128,8 @@ _WORDS: Mapping[str, Mapping[str, Any]] = {
     "noallow_other": {"allow_other": False, "allow_root": False},
     "foreground": {"foreground": True},
     "proc": {"proc": True},
+    "propagate": {"propagate": True},
+    "nopropagate": {"propagate": False},
 }
 _ESCAPES = ("\\,", "\\\\", '\\"')
 _TOKEN = re.compile(r'"[^"]*"|\\.?|,|[^,\\"]+|"', re.DOTALL)
@@ -150,6 +153,7 @@ class _Words:
     dirsync: bool = False
     foreground: bool = False
     proc: bool = False
+    propagate: bool = False
     contexts: dict[str, str] = field(default_factory=dict)
 
     def kernel_flags(self, privileged: bool) -> tuple[str, ...]:
@@ -303,6 +307,8 @@ Layers = tuple[Mapping[str, Any], Mapping[str, Any]]
 
 def _assemble(command: argparse.Namespace, parsed: _Parsed, layers: Layers, privileged: bool) -> MountOptions:
     words = parsed.words
+    if words.propagate and not privileged:
+        raise OptionError("option 'propagate': only root can mount what the server mounts")
     return MountOptions(
         source=_check_source(command.source),
         mountpoint=_check_mountpoint(command.mountpoint),
@@ -322,6 +328,7 @@ def _assemble(command: argparse.Namespace, parsed: _Parsed, layers: Layers, priv
         log_level=_pick(layers, DEFAULT_LOG_LEVEL, "log_level", "qtfs_log_level"),
         rules=_rules(words.proc, layers),
         foreground=words.foreground,
+        propagate=words.propagate,
         fake=command.fake,
         verbose=command.verbose,
         namespace=command.namespace,

@@ -108,6 +108,7 @@ def _start_threads(server: Server, workers: int) -> list[threading.Thread]:
     threads = [threading.Thread(target=server.work, name=f"worker-{i}", daemon=True) for i in range(workers)]
     threads.append(threading.Thread(target=server.wait_for_locks, name="locks", daemon=True))
     threads.append(threading.Thread(target=server.watch_streams, name="streams", daemon=True))
+    threads.append(threading.Thread(target=server.watch_mounts, name="mounts", daemon=True))
     for thread in threads:
         thread.start()
     return threads

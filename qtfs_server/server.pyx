@@ -42,6 +42,7 @@ import struct
 from qtfs_common import auth
 from qtfs_common.addresses import tune_socket
 from qtfs_common.protocol import OPERATION_NAMES
+from qtfs_server.mount_watch import watch_mounts
 
 cdef extern from "<sys/epoll.h>" nogil:
     enum:
@@ -516,6 +517,9 @@ cdef class Server:
         """Body of the thread that serves whatever waits for FIFOs, devices and pseudo files; returns after `stop`."""
         with nogil:
             watch_streams()
+    def watch_mounts(self) -> None:
+        """Body of the thread that follows the mount table and lets mounts go; returns after `stop`."""
+        watch_mounts(self.stop_fd)
 
     def stop(self) -> None:
         """Let every thread finish what it is executing and return."""
@@ -600,6 +604,8 @@ cdef class Server:
             os.close(fd)
             raise MemoryError
         s.read_only = flags & MOUNT_READ_ONLY
+        s.watches_mounts = flags & MOUNT_WATCH
+        s.lets_root_go = flags & MOUNT_LET_GO
         cdef int error = root_enter(s, fd, path_place(<const char *>real, NULL))
         if error < 0:
             session_unref(s)

@@ -548,6 +548,8 @@ def _detach_mountpoint(mountpoint: str) -> None:
 class LlfuseDriver:
     """One mount, see qtfs_client.drivers.Driver."""
 
+    propagates = False
+
     def __init__(self, options: MountOptions, engine: Engine, connection: Connection, ticket: Ticket) -> None:
         self._options = options
         self._workers = min(options.channels, ticket.slots)

@@ -67,8 +67,12 @@ class EngineProcess:
         limits: Sequence[str] = (),
         plain: bool = False,
         special: str = "",
+        within: Sequence[str] = (),
     ) -> None:
-        """`special`: the text of special.toml; `plain`: the very command, without the socket that tells its figures; `limits`: options of prlimit(1)."""
+        """`special`: the text of special.toml; `plain`: the very command, without the socket that tells its figures.
+
+        `limits`: options of prlimit(1); `within`: a command that becomes the engine, unshare(1) for example.
+        """
         self.area = area
         self.share = area / "share"
         self.share.mkdir(parents=True, exist_ok=True)
@@ -83,6 +87,7 @@ class EngineProcess:
         self._address: Address | None = None
         self._plain = plain
         self._limits = limits
+        self.within = within
         self._allowed: list[re.Pattern[str]] = []
         self.special.write_text(special)
         self.allow(everything_below(self.share) if rules is None else rules)
@@ -123,7 +128,8 @@ class EngineProcess:
         listen = str(self._address) if self._address else self.listen
         options = ["--listen", listen, "--whitelist", str(self.whitelist), "--run-dir", str(self.run_dir)]
         options += ["--special", str(self.special)]
-        return [*limit, sys.executable, *program, *options, "--workers", str(self.workers), *self.arguments]
+        options += ["--workers", str(self.workers), *self.arguments]
+        return [*self.within, *limit, sys.executable, *program, *options]
 
     def stop(self) -> None:
         """SIGTERM; the exit status must be 0. Harmless if it does not run."""

@@ -68,6 +68,13 @@ def test_special_rules_come_behind_those_of_proc(parse: Any, tmp_path: Path) -> 
         parse("-o", "server=2,special_rules=/nowhere")
 
 
+def test_propagation_is_for_root(parse: Any) -> None:
+    assert parse("-o", "server=2,propagate").propagate
+    assert not parse("-o", "server=2,propagate,nopropagate").propagate
+    with pytest.raises(OptionError, match="only root"):
+        parse("-o", "server=2,propagate", privileged=False)
+
+
 def test_flags_of_mount8(parse: Any) -> None:
     found = parse("-sfnvr", "-N", "/proc/1/ns/mnt", "-t", "qtfs", "-o", "server=2")
     assert (found.fake, found.verbose, found.read_only, found.namespace) == (True, True, True, "/proc/1/ns/mnt")
@@ -257,7 +264,6 @@ def test_a_broken_configuration_is_reported_even_if_not_needed(parse: Any, confi
         ("server=2,procs", "unknown option 'procs'"),
         ("server=2,proc=1", "option 'proc' takes no value"),
         ("server=2,local_proc=x", "option 'local_proc': 'x' is not an absolute path"),
-        ("server=2,propagate", "unknown option 'propagate'"),
         ("server=2,special=x", "option 'special': 'x' is not one of remote, local"),
         ("server=2,lazy_cleanup", "unknown option 'lazy_cleanup'"),
         ("server=2,nosymfollow", "unknown option 'nosymfollow'"),

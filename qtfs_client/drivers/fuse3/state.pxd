@@ -25,6 +25,7 @@ cdef enum:
     PENDING_REQUESTS = 4096         # set aside while all workers are busy
     PENDING_BYTES = 64 << 20
     FORGETS_AT_ONCE = 2048          # in one FORGET message
+    MAX_CHANGES = 1024              # MOUNTS_CHANGED kept; what comes beyond them would wait for the same
     MAX_FORGETS = 1 << 20           # kept for sending; more are dropped, and the server's LRU has to do
 
 cdef enum cache_mode:
@@ -149,6 +150,10 @@ cdef struct waiting:                # a request that the server answers on the e
     bint undoing                    # the message does that; its reply ends the matter
     int64_t since_us
 
+cdef struct mount_change:           # a MOUNTS_CHANGED; its body follows
+    mount_change *next
+    size_t size
+
 cdef struct mount_state:
     # fixed once the mount serves
     int device                      # /dev/fuse
@@ -169,6 +174,7 @@ cdef struct mount_state:
     int loadavg_fd
     int event_fd                    # wakes the event thread
     int manager_fd                  # wakes the manager
+    int changes_fd                  # wakes whoever follows the server's mounts
     # atomic
     int32_t stopping
     int32_t down                    # the server could not be reached for timeout_us: fail at once
@@ -196,6 +202,9 @@ cdef struct mount_state:
     size_t forget_count             # atomic too, as a hint
     size_t forget_room
     waiting *waits
+    mount_change *changes           # not looked at yet, the oldest first
+    mount_change **changes_end
+    size_t change_count
     # the event thread's own
     line event
     uint64_t event_seen             # number of the last message of the session that was taken from the event channel

@@ -14,4 +14,6 @@ cdef int device_index(session *s, int fd, const statx_t *st, uint32_t *out) noex
 cdef void fill_attributes(uint32_t on_device, const statx_t *st, attributes *out) noexcept nogil
 cdef uint64_t node_flags_locked(session *s, uint32_t on_device) noexcept nogil
 cdef bint lies_on_pseudo(session *s, const node *n) noexcept nogil
+cdef bint lies_on_cgroup(session *s, const node *n) noexcept nogil
+cdef bint lies_on_proc(session *s, const node *n) noexcept nogil
 cdef int node_stat(session *s, node *n, int fd, attributes_reply *out) noexcept nogil

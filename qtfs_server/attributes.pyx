@@ -3,7 +3,7 @@
 Source: statx(2), <linux/fuse.h> (struct fuse_attr), <linux/magic.h>.
 """
 from libc.errno cimport ENFILE, ENOMEM, errno
-from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport realloc
 from libc.string cimport memset
 
@@ -11,6 +11,7 @@ from qtfs_common.protocol cimport NODE_SUBMOUNT, NODE_UNCACHED, attributes, attr
 from qtfs_server.includes.linux cimport AT_EMPTY_PATH, AT_NO_AUTOMOUNT, AT_SYMLINK_NOFOLLOW, STATX_BASIC_STATS, \
     STATX_BTIME, STATX_MNT_ID, STATX_MNT_ID_UNIQUE, fstatfs, makedev, pthread_mutex_lock, pthread_mutex_unlock, \
     statfs_t, statx, statx_t
+from qtfs_server.policy cimport is_procfs, shield_of
 from qtfs_server.session cimport MAX_DEVICES, device, node, session
 
 cdef enum:
@@ -103,7 +104,7 @@ cdef int _device_room_locked(session *s, uint32_t index) noexcept nogil:
     return 0
 
 
-cdef int _add_device_locked(session *s, const statx_t *st, uint32_t listed_id, bint uncached,
+cdef int _add_device_locked(session *s, const statx_t *st, uint32_t listed_id, int64_t f_type, uint16_t shield,
                             uint32_t *out) noexcept nogil:
     cdef device *added
     cdef int error
@@ -120,13 +121,16 @@ cdef int _add_device_locked(session *s, const statx_t *st, uint32_t listed_id, b
     added.number = makedev(st.stx_dev_major, st.stx_dev_minor)
     added.listed_id = listed_id
     added.mount_fd = -1
-    added.uncached = uncached
+    added.f_type = f_type
+    added.uncached = _is_pseudo(f_type)
+    added.shield = shield
     return 0
 
 
 cdef int device_index(session *s, int fd, const statx_t *st, uint32_t *out) noexcept nogil:
     """Find or add the mount that `fd`, whose stat is `st`, lies on. 0 or -ENOMEM."""
     cdef statfs_t fs
+    cdef uint16_t shield
     cdef statx_t listed
     cdef bint known
     cdef int error
@@ -139,8 +143,9 @@ cdef int device_index(session *s, int fd, const statx_t *st, uint32_t *out) noex
     fstatfs(fd, &fs)
     listed.stx_mnt_id = 0
     statx(fd, b"", AT_EMPTY_PATH | AT_NO_AUTOMOUNT, STATX_MNT_ID, &listed)
+    shield = shield_of(fs.f_type, listed.stx_mnt_id, fd)
     pthread_mutex_lock(&s.guard)
-    error = _add_device_locked(s, st, <uint32_t>listed.stx_mnt_id, _is_pseudo(fs.f_type), out)
+    error = _add_device_locked(s, st, <uint32_t>listed.stx_mnt_id, fs.f_type, shield, out)
     pthread_mutex_unlock(&s.guard)
     return error
 
@@ -195,6 +200,24 @@ cdef bint lies_on_pseudo(session *s, const node *n) noexcept nogil:
     uncached = s.devices[n.device].uncached
     pthread_mutex_unlock(&s.guard)
     return uncached
+
+
+cdef bint lies_on_proc(session *s, const node *n) noexcept nogil:
+    """Whether a node belongs to a procfs."""
+    cdef bint proc
+    pthread_mutex_lock(&s.guard)
+    proc = is_procfs(s.devices[n.device].f_type)
+    pthread_mutex_unlock(&s.guard)
+    return proc
+
+
+cdef bint lies_on_cgroup(session *s, const node *n) noexcept nogil:
+    """Whether a node belongs to a cgroup file system of either version."""
+    cdef int64_t f_type
+    pthread_mutex_lock(&s.guard)
+    f_type = s.devices[n.device].f_type
+    pthread_mutex_unlock(&s.guard)
+    return f_type == 0x27e0eb or f_type == 0x63677270       # CGROUP_SUPER_MAGIC, CGROUP2_SUPER_MAGIC
 
 
 cdef int node_stat(session *s, node *n, int fd, attributes_reply *out) noexcept nogil:

@@ -5,7 +5,7 @@ do not matter here. Descriptors of nodes are
 a cache: when they run short the clock hand takes those not used lately and leaves a file handle (name_to_handle_at(2))
 or, where the file system has none, a path to open them by.
 """
-from libc.errno cimport EACCES, EMFILE, ENFILE, ENOMEM, EROFS, ESTALE, errno
+from libc.errno cimport EMFILE, ENFILE, ENOENT, ENOMEM, EROFS, ESTALE, errno
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcmp, memcpy, memset, strcpy, strrchr
@@ -17,8 +17,9 @@ from qtfs_server.descriptors cimport close_counted, descriptor_opened, descripto
 from qtfs_server.includes.linux cimport AT_EMPTY_PATH, AT_FDCWD, O_CLOEXEC, O_DIRECTORY, O_NOFOLLOW, \
     O_NONBLOCK, O_PATH, O_RDONLY, RESOLVE_NO_SYMLINKS, S_IFDIR, S_IFMT, S_IFREG, SYS_openat2, close, file_handle, \
     name_to_handle_at, open_by_handle_at, open_how, openat, pthread_mutex_lock, pthread_mutex_unlock, statx_t, syscall
-from qtfs_server.policy cimport OFF_TRIE, child_place, count_denial, current_epoch, path_place, place
 from qtfs_server.mounts cimport borrow_mount, is_gone, is_let_go, note_holder_locked, return_mount
+from qtfs_server.policy cimport ALLOW_LOOK, OFF_TRIE, child_place, current_epoch, enter_file_system, path_place, place, \
+    refusal
 from qtfs_server.session cimport CHUNK, MAX_NODES, NODE_IN_USE, NODE_LISTED, NODE_PATHLESS, NODE_RECENT, \
     NODE_REVIVE_BY_PATH, NODE_USED, NO_INDEX, grown_chunks, node, node_at, session, session_fullest, session_unref
 
@@ -572,14 +573,18 @@ cdef void _count_locked(session *s, uint32_t index, const statx_t *st, place whe
     _fill_entry(s, index, st, out)
 
 
-cdef bint _count_known(session *s, const statx_t *st, place where, entry *out) noexcept nogil:
-    """The common case: the node is known and has its descriptor, so that its inode cannot have been used again."""
+cdef bint _count_known(session *s, const node *parent, const statx_t *st, place where, entry *out) noexcept nogil:
+    """The common case: the node is known and has its descriptor, so that its inode cannot have been used again.
+
+    Not where another file system begins: what protects that, `where` does not know yet.
+    """
     cdef uint32_t on_device = 0, index = NO_INDEX
     cdef bint hit = False
     pthread_mutex_lock(&s.guard)
     if find_device_locked(s, st, &on_device):
         index = _find_locked(s, on_device, st.stx_ino)
-    if index != NO_INDEX and node_at(s, index).fd >= 0 and node_at(s, index).type == (st.stx_mode & S_IFMT):
+    if index != NO_INDEX and on_device == parent.device and node_at(s, index).fd >= 0 and \
+            node_at(s, index).type == (st.stx_mode & S_IFMT):
         _count_locked(s, index, st, where, out)
         hit = True
     pthread_mutex_unlock(&s.guard)
@@ -668,21 +673,37 @@ cdef int node_enter_fd(session *s, int fd, const statx_t *st, place where, entry
     return 0 if index != NO_INDEX else -ENFILE
 
 
+cdef int _correct_place(session *s, const node *parent, int fd, const statx_t *st, place *where) noexcept nogil:
+    """See to what protects the file system that a name turned out to lie on. 0 or -errno."""
+    cdef uint32_t on_device = 0
+    cdef uint16_t shield
+    cdef int error = device_index(s, fd, st, &on_device)
+    if error < 0 or on_device == parent.device:
+        return error
+    pthread_mutex_lock(&s.guard)
+    shield = s.devices[on_device].shield
+    pthread_mutex_unlock(&s.guard)
+    enter_file_system(where, shield)
+    return 0 if where.allowed & ALLOW_LOOK else -ENOENT
+
+
 cdef int node_enter(session *s, node *parent, const char *name, size_t name_bytes, entry *out) noexcept nogil:
-    """Look a name up below a pinned directory and count it. 0 or -errno."""
+    """Look a name up below a pinned directory and count it. 0 or -errno; -ENOENT for one that is hidden."""
     cdef statx_t st
     cdef int fd, error
     cdef place where = _current_place(parent, parent.fd)
     where = child_place(&where, <const uint8_t *>name, name_bytes)
-    error = stat_name(parent.fd, name, &st)
+    error = stat_name(parent.fd, name, &st) if where.allowed & ALLOW_LOOK else -ENOENT
     if error < 0:
         return error
-    if _count_known(s, &st, where, out):
+    if _count_known(s, parent, &st, where, out):
         return 0
     fd = openat(parent.fd, name, O_PATH | O_NOFOLLOW | O_CLOEXEC)
     if fd < 0:
         return -errno
     error = stat_fd(fd, &st)        # the name may mean another file by now
+    if error == 0:
+        error = _correct_place(s, parent, fd, &st, &where)
     if error < 0:
         close(fd)
         return error
@@ -693,10 +714,14 @@ cdef int root_enter(session *s, int fd, place where) noexcept nogil:
     """Make the root node of a new session from an O_PATH descriptor, which is taken over. 0 or -errno."""
     cdef statx_t st
     cdef entry root
+    cdef uint32_t on_device = 0
     cdef int error = stat_fd(fd, &st)
+    if error == 0:
+        error = device_index(s, fd, &st, &on_device)
     if error < 0:
         close(fd)
         return error
+    enter_file_system(&where, s.devices[on_device].shield)
     return node_enter_fd(s, fd, &st, where, &root)
 
 
@@ -712,33 +737,22 @@ cdef place _current_place(node *n, int fd) noexcept nogil:
         where.trie = OFF_TRIE       # what it was allowed holds until its name is looked up again
         where.epoch = current_epoch()
     elif fd_path(fd, path, sizeof(path)) > 0:
-        where = path_place(path)
+        where = path_place(path, &n.where)
     n.where = where
     return where
 
 
 cdef int node_allowed(node *n, int fd, uint16_t needed) noexcept nogil:
-    """0, or -EACCES if the whitelist lacks one of the needed types for a node; `fd` is a descriptor of it."""
+    """0 if a node, of which `fd` is a descriptor, is allowed all the needed types; -EACCES, -EROFS or -ENOENT: `refusal`."""
     cdef place where = _current_place(n, fd)
-    cdef uint16_t missing = needed & ~where.allowed
-    if missing:
-        count_denial(missing)
-        return -EACCES
-    return 0
+    return refusal(where.allowed, needed)
 
 
 cdef int child_allowed(session *s, node *parent, const uint8_t *name, size_t length, uint16_t needed,
                        place *out) noexcept nogil:
     """The same for a name below a pinned directory; `out` gets its place. Always -EROFS on a read-only session."""
     cdef place where = _current_place(parent, parent.fd)
-    cdef uint16_t missing
     where = child_place(&where, name, length)
-    missing = needed & ~where.allowed
     if out != NULL:
         out[0] = where
-    if s.read_only:
-        return -EROFS
-    if missing:
-        count_denial(missing)
-        return -EACCES
-    return 0
+    return -EROFS if s.read_only else refusal(where.allowed, needed)

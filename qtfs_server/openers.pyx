@@ -10,7 +10,7 @@ begins is lost. `press_cancelled` does that, from the stream thread.
 
 Lock order: _guard, then what events.pyx takes.
 """
-from libc.errno cimport EINTR, ENFILE, ENOMEM, errno
+from libc.errno cimport EALREADY, EINTR, ENFILE, ENOMEM, ESTALE, errno
 from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
@@ -18,7 +18,7 @@ from posix.time cimport CLOCK_REALTIME
 
 from qtfs_common.protocol cimport OP_OPEN, caller, groups_bytes, open_reply
 from qtfs_server.descriptors cimport proc_path
-from qtfs_server.events cimport event_bell, event_reply
+from qtfs_server.events cimport event_answered, event_bell, event_reply
 from qtfs_server.handles cimport handle_new_stream
 from qtfs_server.identity cimport act_as, act_as_root, identity, identity_init
 from qtfs_server.includes.linux cimport AT_FDCWD, F_SETFL, O_CLOEXEC, O_NOCTTY, O_NONBLOCK, close, fcntl, \
@@ -148,31 +148,31 @@ cdef int _open(opening *job, identity *me) noexcept nogil:
     return fd
 
 
-cdef void _answer(opening *job, int fd) noexcept nogil:
-    """Tell the client of its handle or -errno. Whoever merely tried to cancel gets what came of it."""
-    cdef open_reply out
-    if fd >= 0:
-        fcntl(fd, F_SETFL, O_NONBLOCK)
-        fd = handle_new_stream(job.s, job.n, fd, job.flags, &out)
-    event_reply(job.s, OP_OPEN, job.tag, min(fd, 0), &out, sizeof(out))
+cdef int _grant(opening *job, int fd, open_reply *out) noexcept nogil:
+    """The handle of what was opened, which is taken over. 0 or -errno."""
+    if job.abandoned:
+        close(fd)
+        return -EINTR
+    fcntl(fd, F_SETFL, O_NONBLOCK)
+    return handle_new_stream(job.s, job.n, fd, job.flags, out)
 
 
 cdef void _run(opening *job, identity *me) noexcept nogil:
+    """Open, and answer. Whoever merely tried to cancel gets what came of it."""
     global _count, _cancelled, _free_threads
-    cdef bint abandoned = job.abandoned
-    cdef int fd = -EINTR if abandoned else _open(job, me)
+    cdef open_reply out
+    cdef int error = -EINTR if job.abandoned else _open(job, me)
+    if error >= 0:
+        error = _grant(job, error, &out)
     pthread_mutex_lock(&_guard)
+    # In one step: the same request, should it come again, finds itself either among the running ones or answered.
     _unlink_locked(&_running, job)
+    event_reply(job.s, OP_OPEN, job.tag, error, &out, sizeof(out))
     _count -= 1
     _free_threads += 1
     if job.cancelled:
         _cancelled -= 1
-    abandoned = job.abandoned
     pthread_mutex_unlock(&_guard)
-    if not abandoned:
-        _answer(job, fd)
-    elif fd >= 0:
-        close(fd)
     _free(job)
 
 
@@ -198,12 +198,14 @@ cdef opening *_find_locked(opening *job, session *s, uint64_t tag) noexcept nogi
     return job
 
 
-cdef bint _is_known(session *s, uint64_t tag) noexcept nogil:
-    cdef bint known
-    pthread_mutex_lock(&_guard)
-    known = _find_locked(_queued, s, tag) != NULL or _find_locked(_running, s, tag) != NULL
-    pthread_mutex_unlock(&_guard)
-    return known
+cdef int _admit_locked(opening *job) noexcept nogil:
+    """Whether a job may begin. 0; -EALREADY: it came before, over an event channel that broke; or another -errno."""
+    if _find_locked(_queued, job.s, job.tag) != NULL or _find_locked(_running, job.s, job.tag) != NULL or \
+            event_answered(job.s, OP_OPEN, job.tag):
+        return -EALREADY
+    if job.s.ended:
+        return -ESTALE
+    return 0 if _count < MAX_OPENINGS else -ENFILE
 
 
 cdef opening *_new_opening(request *r, node *n, uint32_t flags) noexcept nogil:
@@ -221,32 +223,26 @@ cdef opening *_new_opening(request *r, node *n, uint32_t flags) noexcept nogil:
     return job
 
 
-cdef bint _queue(opening *job) noexcept nogil:
-    """Give a job to a thread; False: there are too many."""
+cdef int _queue_locked(opening *job) noexcept nogil:
+    """Give a job to a thread. 0 or -ENFILE."""
     global _queued, _count, _queue_length, _free_threads
     cdef pthread_t thread = 0
-    cdef bint taken = False
-    pthread_mutex_lock(&_guard)
-    if _count < MAX_OPENINGS and _free_threads <= _queue_length and start_thread(_opener, &thread) == 0:
+    if _free_threads <= _queue_length and start_thread(_opener, &thread) == 0:
         _free_threads += 1
-    if _count < MAX_OPENINGS and _free_threads > _queue_length:
-        job.next = _queued
-        _queued = job
-        _count += 1
-        _queue_length += 1
-        taken = True
-        pthread_cond_signal(&_work)
-    pthread_mutex_unlock(&_guard)
-    return taken
+    if _free_threads <= _queue_length:
+        return -ENFILE
+    job.next = _queued
+    _queued = job
+    _count += 1
+    _queue_length += 1
+    pthread_cond_signal(&_work)
+    return 0
 
 
 cdef int wait_to_open(request *r, node *n, uint32_t flags) noexcept nogil:
     """Open a pinned FIFO in a thread, and answer on the event channel. DEFERRED or -errno."""
     cdef opening *job
-    cdef int error
-    if _is_known(r.s, r.head.tag):
-        return DEFERRED                 # the same request once more, over a fresh event channel
-    error = node_hold(r.s, n)
+    cdef int error = node_hold(r.s, n)
     if error < 0:
         return error
     job = _new_opening(r, n, flags)
@@ -254,10 +250,14 @@ cdef int wait_to_open(request *r, node *n, uint32_t flags) noexcept nogil:
         node_unpin(r.s, n)
         return -ENOMEM
     session_hold(r.s)                   # the request has one of its own
-    if not _queue(job):
+    pthread_mutex_lock(&_guard)
+    error = _admit_locked(job)
+    if error == 0:
+        error = _queue_locked(job)
+    pthread_mutex_unlock(&_guard)
+    if error < 0:
         _free(job)
-        return -ENFILE
-    return DEFERRED
+    return DEFERRED if error in (0, -EALREADY) else error
 
 
 # ---- ending them ---------------------------------------------------------------------------------------------------------

@@ -21,8 +21,9 @@ from qtfs_server.dispatch cimport SLOT_BUSY, abandon_in_slot, counters, execute,
     settle_in_slot
 from qtfs_server.events cimport event_acknowledged, event_answered, event_attached, event_pong, event_reply
 from qtfs_server.identity cimport identity_init
-from qtfs_server.includes.linux cimport atomic_add_int, atomic_load_int, close, pthread_mutex_init, pthread_mutex_lock, \
-    pthread_mutex_t, pthread_mutex_unlock
+from qtfs_server.includes.linux cimport AT_FDCWD, O_CLOEXEC, O_DIRECTORY, O_PATH, RESOLVE_NO_MAGICLINKS, SYS_openat2, \
+    atomic_add_int, atomic_load_int, close, open_how, pthread_mutex_init, pthread_mutex_lock, \
+    pthread_mutex_t, pthread_mutex_unlock, syscall
 from qtfs_server.openers cimport abandon_openings, cancel_opening
 from qtfs_server.operations.locks cimport abandon_waits, cancel_wait, set_answer, stop_waiting_for_locks, \
     wait_for_locks
@@ -217,8 +218,44 @@ cdef int _execute_event(worker *w, session *s, const message *msg) noexcept nogi
     return 0
 
 
+cdef bint _enter_event(session *s, connection *c) noexcept nogil:
+    """Wait until no other message is being executed. False: the session has a fresh event channel.
+
+    What was left unread on the old one has come again there, and may have been answered and confirmed: then nobody
+    would know any more that it comes late.
+    """
+    cdef bint busy = True
+    cdef bint current = True
+    while busy and current:
+        pthread_mutex_lock(&s.guard)
+        current = s.event == c
+        busy = s.event_busy
+        if current and not busy:
+            s.event_busy = True
+        pthread_mutex_unlock(&s.guard)
+        if busy and current:
+            usleep(EXECUTING_POLL_US)
+    return current
+
+
+cdef void _leave_event(session *s) noexcept nogil:
+    pthread_mutex_lock(&s.guard)
+    s.event_busy = False
+    pthread_mutex_unlock(&s.guard)
+
+
 cdef int _serve_event(worker *w, connection *c, const message *msg) noexcept nogil:
-    """One message of an event channel. 0 or -EPROTO."""
+    """One message of an event channel. 0, or -errno to close it."""
+    cdef int result
+    if not _enter_event(c.s, c):
+        return -ESTALE
+    result = _execute_event_message(w, c, msg)
+    _leave_event(c.s)
+    return result
+
+
+cdef int _execute_event_message(worker *w, connection *c, const message *msg) noexcept nogil:
+    """0 or -EPROTO."""
     event_acknowledged(c.s, msg.head.sequence)
     if msg.head.op == OP_PING and msg.body_bytes == 0:
         event_pong(c.s, msg.head.tag)
@@ -682,7 +719,7 @@ cdef class Server:
         s.read_only = flags & MOUNT_READ_ONLY
         s.watches_mounts = flags & MOUNT_WATCH
         s.lets_root_go = flags & MOUNT_LET_GO
-        cdef int error = root_enter(s, fd, path_place(<const char *>real))
+        cdef int error = root_enter(s, fd, path_place(<const char *>real, NULL))
         if error < 0:
             session_unref(s)
             raise Refused(-error)
@@ -730,6 +767,7 @@ cdef class Server:
             return 0
         log.info("session %016x: ended", s.id)
         pthread_mutex_lock(&s.guard)
+        s.ended = True
         for slot in range(s.slots + 1):
             c = <connection *>(s.event if slot == s.slots else s.slot_table[slot].connection)
             if c != NULL:
@@ -853,13 +891,20 @@ def _unpack(layout: str, body: bytes) -> tuple:
 
 
 def _open_source(path: bytes) -> int:
-    """Open the directory a client wants to mount, if the whitelist has it. EPERM comes before ENOENT tells anything."""
-    try:
-        fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
+    """Open the directory a client wants to mount, if the whitelist has it. EPERM comes before ENOENT tells anything.
+
+    Magic links are not followed: /proc/PID/root/home is not the /home that the whitelist means.
+    """
+    cdef open_how how
+    memset(&how, 0, sizeof(how))
+    how.flags = O_PATH | O_DIRECTORY | O_CLOEXEC
+    how.resolve = RESOLVE_NO_MAGICLINKS
+    cdef int fd = <int>syscall(SYS_openat2, AT_FDCWD, <const char *>path, &how, sizeof(how))
+    if fd < 0:
+        error = errno
         # Through the symbolic links, as the open went: what lies behind one is not for everybody to find out.
         _check_mount(os.path.realpath(path))
-        raise Refused(error.errno) from None
+        raise Refused(error)
     try:
         _check_mount(os.fsencode(os.readlink(f"/proc/self/fd/{fd}")))
     except Refused:
@@ -869,7 +914,7 @@ def _open_source(path: bytes) -> int:
 
 
 def _check_mount(path: bytes) -> None:
-    if not path_place(<const char *>path).allowed & ALLOW_MOUNT:
+    if not path_place(<const char *>path, NULL).allowed & ALLOW_MOUNT:
         count_denial(ALLOW_MOUNT)
         # count_denial warns once; a client that tries again and again must not fill the log.
         log.info("whitelist: %s may not be mounted: it is not in [Mount]", os.fsdecode(path))

@@ -48,6 +48,7 @@ cdef enum:                          # handle.flags
     HANDLE_APPEND = 16              # writes go to the end unless they say otherwise
     HANDLE_STREAM = 32              # a FIFO or character device: read(2), write(2), O_NONBLOCK
     HANDLE_POLLABLE = 64            # POLL may say something else than "always ready"
+    HANDLE_NAMES_ONLY = 128         # a directory whose entries' attributes nobody may trust for a moment
 
 cdef struct handle:
     int32_t fd
@@ -67,6 +68,8 @@ cdef struct device:                 # one mount of the server, as far as this se
     uint32_t nodes                  # records of nodes that lie on it
     int32_t mount_fd                # for open_by_handle_at; -1: not open
     uint32_t mount_users            # who uses mount_fd just now
+    int64_t f_type                  # of statfs(2)
+    uint16_t shield                 # where the session meets it, among the protections: policy.shield_of
     bint uncached                   # a pseudo file system
     bint warm                       # mount_fd was used since the last look
     bint known                      # was there when the mount table was last asked for
@@ -97,6 +100,7 @@ cdef struct session:
     bint lets_root_go               # the root's mount is not held either
     int64_t idle_since_us           # when the last connection went
     void *event                     # connection of the event channel; changes under both guards
+    bint event_busy                 # a message of it, or of the one before, is being executed
     pthread_mutex_t outbox_guard    # the event channel's output (events.pyx)
     outgoing *outbox                # in order: sent and not acknowledged, then not sent
     outgoing **outbox_end

@@ -30,7 +30,7 @@ cdef struct stream:                     # of one handle
     stream *previous
 
 cdef int stream_wait_for(session *s, handle *h, uint16_t op, uint64_t tag, const uint8_t *data, uint32_t size,
-                         uint32_t done, uint8_t *buffer) noexcept nogil
+                         uint8_t *buffer) noexcept nogil
 cdef int stream_arm(session *s, handle *h, uint64_t notify, uint32_t events) noexcept nogil
 cdef uint32_t stream_take_news(handle *h) noexcept nogil
 cdef bint stream_cancel(session *s, uint64_t tag) noexcept nogil

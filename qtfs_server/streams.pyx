@@ -16,9 +16,9 @@ from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy
 
 from qtfs_common.protocol cimport MAX_PAYLOAD, OP_READ, OP_READY, OP_WRITE, count_reply
-from qtfs_server.events cimport event_bell, event_notify, event_reply, flush_blocked
+from qtfs_server.events cimport event_answered, event_bell, event_notify, event_reply, flush_blocked
 from qtfs_server.handles cimport handle_unpin, set_stream_functions
-from qtfs_server.includes.linux cimport pthread_cond_broadcast, pthread_cond_init, pthread_cond_t, pthread_cond_wait, \
+from qtfs_server.includes.linux cimport F_GETFL, O_ACCMODE, O_RDWR, fcntl, pthread_cond_broadcast, pthread_cond_init, pthread_cond_t, pthread_cond_wait, \
     pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock
 from qtfs_server.openers cimport press_cancelled
 from qtfs_server.session cimport HANDLE_STREAM, handle, session, session_hold, session_unref
@@ -69,6 +69,8 @@ cdef enum:
     NEWS = POLLPRI | POLLERR
     LOOKS = 3                           # at news that stay until they are read
     POLLABLE_EVENTS = 0x27df            # what poll(2) and epoll(7) can ask for, EPOLLEXCLUSIVE and the like apart
+    WRITING_EVENTS = 0x304              # OUT, WRNORM, WRBAND
+    READING_EVENTS = 0x24db             # all the others
     AGAIN_MS = 10                       # until the next try where a peer's socket was full or an open(2) does not end
 
 cdef pthread_mutex_t _all_guard
@@ -115,24 +117,25 @@ cdef stream *_stream_of(session *s, handle *h) noexcept nogil:
     return st
 
 
-cdef void _drop_waits(stream *st) noexcept nogil:
-    """End all waits without an answer."""
+cdef void _end_waits(stream *st, bint somebody_listens) noexcept nogil:
+    """End all waits, as cancelled ones if somebody listens to the answers."""
     cdef stream_wait *wait
-    cdef stream_wait *following
+    cdef stream_wait *first
     pthread_mutex_lock(&st.guard)
-    wait = st.waits
+    wait = first = st.waits
     st.waits = NULL
+    while wait != NULL and somebody_listens:
+        _answer_cancelled(st, wait)
+        wait = wait.next
     pthread_mutex_unlock(&st.guard)
-    while wait != NULL:
-        following = wait.next
-        handle_unpin(st.s, st.h)
-        free(wait)
-        wait = following
+    _release_answered(st.s, st.h, first)
 
 
 cdef void _stream_released(void *ended) noexcept nogil:
-    """RELEASE: nobody can be waiting any more, but for callers that were killed. The releaser has a pin of its own."""
-    _drop_waits(<stream *>ended)
+    """RELEASE: nobody can be waiting any more, but for callers that were killed, whose client keeps their requests until
+    it has an answer. The releaser has a pin of its own.
+    """
+    _end_waits(<stream *>ended, True)
 
 
 cdef void _close_locked(stream *st) noexcept nogil:
@@ -198,6 +201,13 @@ cdef void _answer_write(stream *st, const stream_wait *wait, int error) noexcept
     event_reply(st.s, OP_WRITE, wait.tag, 0 if wait.done > 0 else error, &out, sizeof(out))
 
 
+cdef void _answer_cancelled(stream *st, const stream_wait *wait) noexcept nogil:
+    if wait.op == OP_WRITE:
+        _answer_write(st, wait, -EINTR)
+    else:
+        event_reply(st.s, OP_READ, wait.tag, -EINTR, NULL, 0)
+
+
 cdef bint _try_write_locked(stream *st, stream_wait *wait) noexcept nogil:
     """Write for one who waits; False: go on waiting."""
     cdef const uint8_t *data = <const uint8_t *>(wait + 1)
@@ -254,6 +264,16 @@ cdef stream_wait **_find_wait_locked(stream *st, uint64_t tag) noexcept nogil:
     return at
 
 
+cdef uint32_t _widened(const stream *st, uint32_t events) noexcept nogil:
+    """Events to watch for so that there will hardly ever be more: adding some makes the epoll report how the file stands."""
+    cdef uint32_t wide = events & POLLABLE_EVENTS | <uint32_t>EPOLLPRI
+    if (fcntl(st.fd, F_GETFL) & O_ACCMODE) != O_RDWR:
+        return POLLABLE_EVENTS          # it can do nothing in the other direction
+    if wide & WRITING_EVENTS:
+        wide |= WRITING_EVENTS
+    return wide | READING_EVENTS
+
+
 cdef int _watch_locked(stream *st, uint32_t events) noexcept nogil:
     """Add events to what the epoll watches for. 0 or -errno; -EPERM: it cannot be polled."""
     cdef epoll_event event
@@ -268,7 +288,7 @@ cdef int _watch_locked(stream *st, uint32_t events) noexcept nogil:
     return 0
 
 
-cdef stream_wait *_new_wait(uint16_t op, uint64_t tag, const uint8_t *data, uint32_t size, uint32_t done) noexcept nogil:
+cdef stream_wait *_new_wait(uint16_t op, uint64_t tag, const uint8_t *data, uint32_t size) noexcept nogil:
     cdef stream_wait *wait = <stream_wait *>malloc(sizeof(stream_wait) + (size if op == OP_WRITE else 0))
     if wait == NULL:
         return NULL
@@ -276,36 +296,37 @@ cdef stream_wait *_new_wait(uint16_t op, uint64_t tag, const uint8_t *data, uint
     wait.op = op
     wait.tag = tag
     wait.size = size
-    wait.done = done
+    wait.done = 0
     if op == OP_WRITE:
         memcpy(wait + 1, data, size)
     return wait
 
 
 cdef int stream_wait_for(session *s, handle *h, uint16_t op, uint64_t tag, const uint8_t *data, uint32_t size,
-                         uint32_t done, uint8_t *buffer) noexcept nogil:
+                         uint8_t *buffer) noexcept nogil:
     """Answer a READ or WRITE of the event channel once it can be done. The handle's pin is taken over unless it fails.
 
-    0; -EAGAIN: there is no way to wait for this file; -ENOMEM. A tag that waits already is the same request once more.
-    `buffer`: MAX_PAYLOAD bytes to work in.
+    0; -EAGAIN: there is no way to wait for this file; -ENOMEM. A tag that waits already, or has just been answered, is
+    the same request once more. `buffer`: MAX_PAYLOAD bytes to work in.
     """
     cdef stream *st = _stream_of(s, h)
-    cdef stream_wait *wait = _new_wait(op, tag, data, size, done)
+    cdef stream_wait *wait = _new_wait(op, tag, data, size)
     cdef stream_wait **at
     cdef int error
     if st == NULL or wait == NULL:
         free(wait)
         return -ENOMEM
     pthread_mutex_lock(&st.guard)
-    error = _watch_locked(st, <uint32_t>EPOLLIN if op == OP_READ else <uint32_t>EPOLLOUT)
+    error = _watch_locked(st, _widened(st, <uint32_t>EPOLLIN if op == OP_READ else <uint32_t>EPOLLOUT))
     if error < 0:
         pthread_mutex_unlock(&st.guard)
         free(wait)
         return -EAGAIN if error == -EPERM else error
     at = _find_wait_locked(st, tag)
-    if at[0] == NULL:
+    # Under the guard, which whoever answers holds: otherwise it could be answered between the two looks, and run twice.
+    if at[0] == NULL and not event_answered(s, op, tag):
         at[0] = wait
-        wait = _serve_waits_locked(st, buffer)      # its edge may have come between the last attempt and now
+        wait = _serve_waits_locked(st, buffer)      # its edge may have come already
     pthread_mutex_unlock(&st.guard)
     _release_answered(s, h, wait)
     return 0
@@ -344,10 +365,7 @@ cdef bint stream_cancel(session *s, uint64_t tag) noexcept nogil:
     if wait != NULL:
         at[0] = wait.next
         wait.next = NULL
-        if wait.op == OP_WRITE:
-            _answer_write(st, wait, -EINTR)
-        else:
-            event_reply(s, OP_READ, tag, -EINTR, NULL, 0)
+        _answer_cancelled(st, wait)
     pthread_mutex_unlock(&st.guard)
     _release_answered(s, st.h, wait)
     handle_unpin(s, st.h)
@@ -358,7 +376,7 @@ cdef void abandon_stream_waits(session *s) noexcept nogil:
     """The session ends: its waits end without an answer."""
     cdef stream *st = _pinned_stream(s, 0, True)
     while st != NULL:
-        _drop_waits(st)
+        _end_waits(st, False)
         handle_unpin(s, st.h)
         st = _pinned_stream(s, 0, True)
 
@@ -441,7 +459,7 @@ cdef int stream_arm(session *s, handle *h, uint64_t notify, uint32_t events) noe
         return -ENOMEM
     pthread_mutex_lock(&st.guard)
     # Without any event asked for, errors and hang-ups are still of interest.
-    missing = (events & POLLABLE_EVENTS | <uint32_t>EPOLLPRI) & ~st.interest
+    missing = _widened(st, events) & ~st.interest
     if missing != 0:
         _latch_locked(st, 0)            # adding it to the epoll is a look, too
     pthread_mutex_unlock(&st.guard)

@@ -26,6 +26,7 @@ cdef extern from "<fcntl.h>" nogil:
         AT_NO_AUTOMOUNT
         O_ACCMODE
         F_DUPFD_CLOEXEC
+        F_GETFL
         F_SETFL
         O_APPEND
         O_CLOEXEC
@@ -147,6 +148,8 @@ cdef extern from "<unistd.h>" nogil:
     int symlinkat(const char *, int, const char *)
     int unlinkat(int, const char *, int)
     int64_t lseek(int, int64_t, int)
+    ssize_t read(int, void *, size_t)
+    ssize_t write(int, const void *, size_t)
     ssize_t pread(int, void *, size_t, int64_t)
     ssize_t pwrite(int, const void *, size_t, int64_t)
     ssize_t readlinkat(int, const char *, char *, size_t)

@@ -17,9 +17,8 @@ from qtfs_server.descriptors cimport proc_path
 from qtfs_server.identity cimport act_as_root
 from qtfs_server.includes.linux cimport AT_FDCWD, O_ACCMODE, O_CLOEXEC, O_NOCTTY, O_NONBLOCK, O_RDONLY, O_RDWR, \
     O_WRONLY, S_IFBLK, S_IFCHR, S_IFIFO, S_IFMT, S_IFREG, S_IFSOCK, close, ioctl, openat, pread, snprintf
-from qtfs_server.nodes cimport node_allowed
 from qtfs_server.openers cimport wait_to_open
-from qtfs_server.policy cimport ALLOW_DEVICE
+from qtfs_server.policy cimport device_refusal
 from qtfs_server.request cimport DEFERRED, MALFORMED, as_caller, request
 from qtfs_server.session cimport HANDLE_POLLABLE, HANDLE_STREAM, HANDLE_WRITABLE, handle, node
 from qtfs_server.streams cimport stream_arm, stream_take_news, stream_wait_for
@@ -132,12 +131,12 @@ cdef int _open_block_device(request *r, node *n, uint32_t mode, open_reply *out)
 cdef int _open_fifo(request *r, node *n, uint32_t mode) noexcept nogil:
     """A caller that waits for the other end. A descriptor, -errno, or DEFERRED."""
     cdef int fd = -ENXIO
+    if r.may_wait:
+        return wait_to_open(r, n, mode)
     if mode == O_WRONLY:
         fd = _open_as_caller(r, n, mode | O_NONBLOCK)   # there may be a reader already
-    if fd != -ENXIO:
-        return fd
     # A reader cannot find out whether there is a writer without being seen by it.
-    return wait_to_open(r, n, mode) if r.may_wait else -EINPROGRESS
+    return fd if fd != -ENXIO else -EINPROGRESS
 
 
 cdef int open_special(request *r, node *n, uint32_t flags, open_reply *out) noexcept nogil:
@@ -146,7 +145,7 @@ cdef int open_special(request *r, node *n, uint32_t flags, open_reply *out) noex
     cdef int fd, error
     if n.type == S_IFSOCK:
         return -ENXIO
-    error = node_allowed(n, n.fd, 0 if n.type == S_IFIFO else ALLOW_DEVICE)
+    error = 0 if n.type == S_IFIFO else device_refusal(n.fd)
     if error < 0:
         return error
     if n.type == S_IFBLK:
@@ -160,38 +159,44 @@ cdef int open_special(request *r, node *n, uint32_t flags, open_reply *out) noex
 
 # ---- data --------------------------------------------------------------------------------------------------------------
 
-cdef int _wait(request *r, handle *h, uint16_t op, const uint8_t *data, uint32_t size, uint32_t done) noexcept nogil:
-    """Answer later. DEFERRED, which takes over the handle's pin, or -errno."""
-    cdef int error
-    if not r.may_wait:
-        return -EINPROGRESS
-    error = stream_wait_for(r.s, h, op, r.head.tag, data, size, done, r.reply)
+cdef int _wait(request *r, handle *h, uint16_t op, const uint8_t *data, uint32_t size) noexcept nogil:
+    """Answer now or later. DEFERRED, which takes over the handle's pin; -EAGAIN: this file never lets anybody wait."""
+    cdef int error = stream_wait_for(r.s, h, op, r.head.tag, data, size, r.reply)
     return DEFERRED if error == 0 else error
 
 
 cdef int read_stream(request *r, handle *h, const read_request *body) noexcept nogil:
     """READ of a stream: what is there, at most size bytes. 0, -errno, or DEFERRED, which takes over the handle's pin."""
-    cdef ssize_t got = read(h.fd, r.reply, body.size)
+    cdef bint may_wait = r.may_wait and not body.flags & READ_NONBLOCK
+    cdef int waits = _wait(r, h, OP_READ, NULL, body.size) if may_wait else -EAGAIN
+    cdef ssize_t got
+    if waits != -EAGAIN:
+        return waits
+    got = read(h.fd, r.reply, body.size)
     r.keep_reply = True                 # it is gone from there now
     r.reply_bytes = max(got, 0)
     if got >= 0:
         return 0
     if errno not in (EAGAIN, EINTR):
         return -errno
-    return -EAGAIN if body.flags & READ_NONBLOCK else _wait(r, h, OP_READ, NULL, body.size, 0)
+    return -EAGAIN if r.may_wait or body.flags & READ_NONBLOCK else -EINPROGRESS
 
 
 cdef int write_stream(request *r, handle *h, const uint8_t *data, const write_request *body) noexcept nogil:
     """WRITE to a stream. On a slot channel it may write a part. 0, -errno, or DEFERRED, which takes over the pin."""
-    cdef ssize_t put = write(h.fd, data, body.size)
-    cdef uint32_t done = <uint32_t>max(put, 0)
-    (<count_reply *>r.reply).count = done
+    cdef bint may_wait = r.may_wait and not body.flags & WRITE_NONBLOCK
+    cdef int waits = _wait(r, h, OP_WRITE, data, body.size) if may_wait else -EAGAIN
+    cdef ssize_t put
+    if waits != -EAGAIN:
+        return waits
+    put = write(h.fd, data, body.size)
+    (<count_reply *>r.reply).count = max(put, 0)
     r.reply_bytes = sizeof(count_reply)
-    if put < 0 and errno not in (EAGAIN, EINTR):
-        return -errno
-    if done == body.size or done > 0 and (not r.may_wait or body.flags & WRITE_NONBLOCK):
+    if put >= 0:
         return 0
-    return -EAGAIN if body.flags & WRITE_NONBLOCK else _wait(r, h, OP_WRITE, data, body.size, done)
+    if errno not in (EAGAIN, EINTR):
+        return -errno
+    return -EAGAIN if r.may_wait or body.flags & WRITE_NONBLOCK else -EINPROGRESS
 
 
 # ---- poll --------------------------------------------------------------------------------------------------------------

@@ -116,9 +116,9 @@ cdef uint32_t _wanted_flags(mount_state *m) noexcept nogil:
     cdef uint32_t flags = (FUSE_ASYNC_READ | FUSE_BIG_WRITES | FUSE_ATOMIC_O_TRUNC | FUSE_POSIX_LOCKS |
                            FUSE_FLOCK_LOCKS | FUSE_DONT_MASK | FUSE_PARALLEL_DIROPS | FUSE_MAX_PAGES | FUSE_ASYNC_DIO |
                            FUSE_HANDLE_KILLPRIV_V2 | FUSE_SETXATTR_EXT | FUSE_HAS_IOCTL_DIR | FUSE_INIT_EXT)
-    if m.cache == CACHE_ALWAYS:
-        flags |= FUSE_CACHE_SYMLINKS
-    else:
+    if m.cache == CACHE_ALWAYS and m.rules == NULL:
+        flags |= FUSE_CACHE_SYMLINKS        # special rules have links that lead each caller elsewhere
+    if m.cache != CACHE_ALWAYS:
         flags |= FUSE_AUTO_INVAL_DATA
     if m.cache != CACHE_NONE:
         # Entries that expire at once are not worth looking up; and POSIX_ACL implies default_permissions.

@@ -19,6 +19,7 @@ from qtfs_client.connection import Engine, HandshakeError, SessionLostError, Tic
 from qtfs_client.drivers import mount_options
 from qtfs_client.drivers.fuse3.following import Follower
 from qtfs_client.drivers.fuse3.mount import EVENT_LINE, Mount
+from qtfs_client.drivers.fuse3.special import special_rules
 from qtfs_client.drivers.mounting import FuseMount
 from qtfs_client.options import MountOptions
 from qtfs_common.errors import ConnectError, QtfsError
@@ -105,6 +106,7 @@ class Fuse3Driver:
             neighbour=self._engine.address.is_loopback,
             owner=os.getuid() if options.allow_root else None,
             special_remote=options.special == "remote",
+            rules=special_rules(options.rules, options.source),
         )
         self._mount.negotiate()
         if options.special == "remote" and not self._mount.special_remote:

@@ -8,6 +8,7 @@ from qtfs_client.drivers.fuse3.callers cimport callers_can_be_seen
 from qtfs_client.drivers.fuse3.device cimport clone_device, expire_name, forget_cached_name, negotiate
 from qtfs_client.drivers.fuse3.events cimport watch
 from qtfs_client.drivers.fuse3.exchange cimport stop
+from qtfs_client.drivers.fuse3.special cimport SpecialRules
 from qtfs_client.drivers.fuse3.state cimport BUFFER_BYTES, CACHE_ALWAYS, CACHE_AUTO, CACHE_NONE, LINK_LOST, \
     LINK_READY, LINK_UP, line, mount_change, mount_state, pending_request, worker
 from qtfs_client.drivers.fuse3.waits cimport free_waits
@@ -60,6 +61,7 @@ cdef void _worker_free(worker *w) noexcept:
 cdef class Mount:
     """Serves the requests of a FUSE device. Every thread that runs in it must have returned before it is dropped."""
     cdef mount_state m
+    cdef SpecialRules rules
     cdef dict connections               # slot or EVENT_LINE: Connection; they own what the lines point to
 
     def __cinit__(self):
@@ -72,13 +74,17 @@ cdef class Mount:
         pthread_mutex_init(&self.m.guard, NULL)
 
     def __init__(self, int device, *, str cache="auto", int channels=16, double timeout_s=30.0, int spin_us=200,
-                 bint neighbour=False, owner: int | None = None, bint special_remote=True):
+                 bint neighbour=False, owner: int | None = None, bint special_remote=True, SpecialRules rules=None):
         """Take over a mounted /dev/fuse descriptor.
 
         `neighbour`: the engine runs on this machine. `owner`: the only user besides root who is let in.
-        `special_remote`: FIFOs and devices are opened on the server, where the kernel tells who wants to open.
+        `special_remote`: FIFOs and devices are opened on the server, where the kernel tells who wants to open. `rules`:
+        for what lies below the source, of this mount alone.
         """
         self.connections = {}
+        self.rules = rules
+        if rules is not None:
+            rules.attach(&self.m)
         self.m.device = device
         self.m.cache = _CACHES[cache]
         self.m.name_valid_s = {"none": 0, "auto": 1, "always": DAY_S}[cache]

@@ -73,6 +73,14 @@ cdef struct operation_row:          # one FUSE opcode
     uint32_t reply_bytes            # of the server's reply, where it is fixed
     uint32_t flags
 
+cdef struct detour:                 # worker.detour: a request that special rules have a part in, see special.pyx
+    operation_row row               # the opcode's own but for what is put in place of these two
+    server serve
+    replier answer
+    uint32_t vertex                 # of the directory listed, or of the name looked up
+    bint read_only
+    bint again                      # the reply held nothing but hidden names
+
 cdef struct worker:
     mount_state *mount
     uint32_t slot
@@ -87,6 +95,7 @@ cdef struct worker:
     size_t argument_bytes
     int device                      # the descriptor it was read from, which takes the reply
     const operation_row *row
+    detour detour
     uint64_t current                # atomic: its unique while an INTERRUPT can find it here, else 0
     uint64_t interrupted            # atomic: the unique that an INTERRUPT named last
     int64_t give_up_us              # when an interrupted request is answered EINTR; 0: not interrupted
@@ -161,6 +170,7 @@ cdef struct mount_state:
     int64_t spin_us
     int32_t cpus
     int32_t neighbour               # 1: the engine runs on this machine
+    void *rules                     # special_state of special.pxd; NULL: no rule is about anything below the source
     int loadavg_fd
     int event_fd                    # wakes the event thread
     int manager_fd                  # wakes the manager

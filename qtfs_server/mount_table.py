@@ -84,7 +84,8 @@ def visible_mounts(root_mount: int, root: bytes, mounts: list[Mounted]) -> list[
 
 
 def record(mount: Mounted, root: bytes, ids: Mapping[int, int]) -> MountRecord:
-    """A mount as LIST_MOUNTS tells of it; `ids` are those that are never used again, by the numbers of mountinfo."""
+    """A mount as LIST_MOUNTS tells of it; `ids` are ids that are never used again, by the numbers of mountinfo."""
     path = mount.path[len(root.rstrip(b"/")) + 1 :]
     texts = (path, mount.type, mount.source, mount.options, mount.super_options)
-    return MountRecord(ids[mount.id], ids.get(mount.parent, 0), mount.major, mount.minor, *(text[:_MOST_TEXT] for text in texts))
+    numbers = (ids[mount.id], ids.get(mount.parent, 0), mount.major, mount.minor)
+    return MountRecord(*numbers, *(text[:_MOST_TEXT] for text in texts))

@@ -371,9 +371,8 @@ class RemoteMounts:
             os.close(root)
         table = all_mounts()
         ids = unique_ids(mount.id for mount in table)
-        records = [
-            remote_calls.pack_mount_record(record(mount, path, ids)) for mount in visible_mounts(root_mount, path, table)
-        ]
+        seen = visible_mounts(root_mount, path, table)
+        records = [remote_calls.pack_mount_record(record(mount, path, ids)) for mount in seen]
         return _page(call, records)
 
     # ---- what sessions have mounted

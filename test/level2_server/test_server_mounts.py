@@ -351,7 +351,7 @@ def test_numbers_that_come_again_are_other_files(session: Session, share: Path) 
     for _ in range(20):
         tmpfs(session, b"d")
         made(share, "d/x")
-        numbers.add((mounts(session)[0].id, os.stat(share / "d/x").st_dev, os.stat(share / "d/x").st_ino))
+        numbers.add((os.stat(share / "d/x").st_dev, os.stat(share / "d/x").st_ino))
         for node in stale:
             with refused(errno.ESTALE):
                 session.getattr(node)

@@ -185,11 +185,6 @@ class Fuse3Driver:
         return self._attached
 
     @property
-    def ticket(self) -> Ticket:
-        """Of the session as it is now; it changes with `epoch`."""
-        return self._ticket
-
-    @property
     def epoch(self) -> int:
         """Counts the sessions: a server that forgot one is given another."""
         return self._epoch

@@ -58,9 +58,11 @@ def _controlled(options: MountOptions, driver: Driver) -> Iterator[None]:
     """With a control socket, if it can be had: the mount is of use without one."""
     server = None
     try:
-        path = control_socket(rundir.run_directory(options.run_dir), device_of(options.mountpoint) or "")
-        session = ControlSession(_engine(options), lambda: driver.ticket, options.timeout_s)
-        server = ControlServer(path, session, driver.forget_name, lazy_cleanup=options.lazy_cleanup)
+        device = device_of(options.mountpoint)
+        if device is not None:
+            path = control_socket(rundir.run_directory(options.run_dir), device)
+            session = ControlSession(_engine(options), lambda: driver.ticket, options.timeout_s)
+            server = ControlServer(path, session, driver.forget_name, lazy_cleanup=options.lazy_cleanup)
     except QtfsError as error:
         log.warning("no control socket: %s", error)
     try:

@@ -81,10 +81,12 @@ class Errands:
     def close(self, timeout_s: float) -> bool:
         """End all sessions' mounts, and wait for what is under way; False if something still is."""
         deadline = time.monotonic() + timeout_s
-        self._mounts.clean_up_all()
+        last = threading.Thread(target=self._mounts.clean_up_all, daemon=True)
+        last.start()
+        last.join(timeout_s)
         while self._sessions_of_slow and time.monotonic() < deadline:
             time.sleep(0.05)
-        return not self._sessions_of_slow
+        return not last.is_alive() and not self._sessions_of_slow
 
     # ---- threads
 

@@ -434,7 +434,8 @@ def _detach_again(made: _Made) -> None:
     try:
         directory = os.open(parent or b"/", os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
-            if unique_mount_id(directory, name) == made.unique:
+            # Before Linux 6.8 a mount that somebody else made under this id since then would be taken for ours.
+            if mount_id(directory, name) == made.id and unique_mount_id(directory, name) == made.unique:
                 umount(_link(directory) + b"/" + name, _MNT_DETACH | _UMOUNT_NOFOLLOW)
         finally:
             os.close(directory)

@@ -1,7 +1,8 @@
-"""Two machines in one: the engine in a mount namespace, the client's commands in another.
+"""Two machines in one: the engine in a mount and network namespace, the client's commands in another.
 
 The engine's namespace sees its share at the same path as the client does, but what is mounted there is seen by nobody
-else. The client's has mount.qtfs in /sbin and a run directory of its own.
+else. The client's has mount.qtfs in /sbin and a run directory of its own. They meet at a Unix socket, or over a network
+of their own.
 """
 
 from __future__ import annotations
@@ -19,6 +20,14 @@ from harness.waiting import wait_until
 
 QTCTL = CHECKOUT / "qtfs_client/qtctl"
 
+_NETWORK = """
+ip link add name qtfs-server type veth peer name qtfs-client netns {client}
+ip address add 10.77.0.1/24 dev qtfs-server
+ip link set qtfs-server up
+nsenter --net=/proc/{client}/ns/net ip address add 10.77.0.2/24 dev qtfs-client
+nsenter --net=/proc/{client}/ns/net ip link set qtfs-client up
+"""
+
 _CLIENT = """
 umount -a -l -t fuse.qtfs # copies of others' mounts
 sbin=$(readlink -f /sbin)
@@ -29,19 +38,23 @@ mount -t overlay overlay -o "lowerdir=$scratch/sbin:$sbin" "$sbin"
 
 
 class _Namespace:
-    """A process that does nothing but keep a mount namespace."""
+    """A process that does nothing but keep a mount and a network namespace."""
 
     def __init__(self) -> None:
-        command = ["unshare", "-m", "--propagation", "private", "sh", "-c", "echo ready; exec sleep 1000"]
+        command = ["unshare", "-m", "-n", "--propagation", "private", "sh", "-c", "echo ready; exec sleep 1000"]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment())
         assert self._process.stdout is not None and self._process.stdout.readline() == b"ready\n"
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def enter(self) -> list[str]:
         """Words before a command that is to run there."""
-        return ["nsenter", f"--mount=/proc/{self._process.pid}/ns/mnt", "--"]
+        return ["nsenter", f"--mount=/proc/{self.pid}/ns/mnt", f"--net=/proc/{self.pid}/ns/net", "--"]
 
     def mountinfo(self) -> str:
-        return Path(f"/proc/{self._process.pid}/mountinfo").read_text()
+        return Path(f"/proc/{self.pid}/mountinfo").read_text()
 
     def close(self) -> None:
         self._process.kill()
@@ -62,7 +75,8 @@ class _Engine(EngineProcess):
 class Machines:
     """`share` is mounted at `point` on the client; `options` are of that mount."""
 
-    def __init__(self, area: Path, rules: Rules | None = None, options: str = "") -> None:
+    def __init__(self, area: Path, rules: Rules | None = None, options: str = "", *, network: bool = False) -> None:
+        """`network`: they meet by TCP, with a key."""
         self.area = area
         self.share = area / "share"
         self.point = area / "point"
@@ -74,11 +88,21 @@ class Machines:
         self.server, self.client = _Namespace(), _Namespace()
         self.engine = _Engine(area, rules=rules or everything_below(self.share))
         self.engine.namespace = self.server
+        self._network = network
+        if network:
+            self.key = area / "key"
+            self.key.write_text("a key of the two machines\n")
+            self.key.chmod(0o600)
+            self.engine.listen = "tcp://10.77.0.1:0"
+            self.engine.arguments = ("--key-file", str(self.key))
+            self.options = ",".join(filter(None, (options, f"key_file={self.key}")))
 
     @contextlib.contextmanager
     def running(self) -> Iterator[Machines]:
         """Engine and mount; at the end both must end well."""
         try:
+            if self._network:
+                self.on_server(_NETWORK.format(client=self.client.pid)).check()
             with self.engine.running():
                 self.on_client(_CLIENT + "mkdir -p \"$run\"; chmod 700 \"$run\"").check()
                 self.mount().check()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -165,6 +166,28 @@ def test_an_image_file(both: Machines) -> None:
     assert row[-3] == "ext4" and device.startswith("/dev/loop")
     both.on_client('"$qtctl" umount "$point/d"').check()
     wait_until(lambda: str(image) not in subprocess.check_output(["losetup", "-a"], text=True), "the loop device to go")
+
+
+@pytest.mark.skipif(shutil.which("ip") is None, reason="iproute2 is not installed")
+def test_over_a_network(tmp_path: Path) -> None:
+    both = Machines(tmp_path, everything_below(tmp_path / "share") | {Type.KILL: ["sleep"]}, network=True)
+    with both.running():
+        for name in ("d", "to"):
+            (both.share / name).mkdir()
+        outcome = both.on_client(f"""
+            mount -t qtfs.tmpfs none "$point/d"
+            echo content >"$point/d/file"
+            mount -t qtfs.bind "$point/d" "$point/to"
+            cat "$point/to/file"
+            "$qtctl" mount
+            "$qtctl" umount "$point/to"
+            "$qtctl" umount "$point/d"
+            "$qtctl" --server "{both.engine.address}" --root "$share" --key-file "{both.key}" ps
+            ! "$qtctl" --server "{both.engine.address}" --root "$share" ps
+        """).check()
+        assert outcome.stdout.startswith("content\nnone on d type tmpfs (rw,relatime)\nnone on to type tmpfs")
+        assert "key_file" in outcome.stderr
+        assert not both.mounted_on_server()
 
 
 # ---- umount

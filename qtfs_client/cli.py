@@ -20,7 +20,7 @@ from qtfs_client.drivers import Driver, MountError, choose
 from qtfs_client.mountpoint import check_mountpoint, device_of, wait_for_answer
 from qtfs_client.options import MountExit, MountOptions, OptionError, parse_command_line, parse_words, split_options
 from qtfs_client.places import place_of, real_path
-from qtfs_client.remote_host import RemoteHost, control_socket
+from qtfs_client.remote_host import RemoteHost, control_socket, served_from
 from qtfs_client.remote_mount import mount_call, translator
 from qtfs_common import auth, logs, rundir
 from qtfs_common.config import CLIENT_SCHEMA, DEFAULT_CLIENT_CONFIG, load_config
@@ -144,13 +144,14 @@ def _mount_remotely(command: argparse.Namespace) -> int:
     words = [word for text in command.options for word in split_options(text)]
     run_dir = next((word.partition("=")[2] for word in words if word.startswith("run_dir=")), None)
     run_dir = run_dir or load_config(DEFAULT_CLIENT_CONFIG, CLIENT_SCHEMA, required=False).get("run_dir")
-    place = place_of(real_path(command.mountpoint))
+    served = served_from(run_dir)
+    place = place_of(real_path(command.mountpoint), served)
     if place is None:
         raise MountError(f"{command.mountpoint} is not on a qtfs mount")
     words = [word for word in words if not word.startswith("run_dir=")]
     try:
         type_ = command.type.removeprefix("qtfs.")
-        call = mount_call(type_, command.source, place.below, words, translator(place.mount))
+        call = mount_call(type_, command.source, place.below, words, translator(place.mount, served))
         if not command.fake:
             with RemoteHost.of_mount(place.mount, run_dir) as host:
                 host.mount(call)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import subprocess
 
 from qtfs_client.drivers import MountError
 from qtfs_client.options import MountOptions
+from qtfs_common import mountinfo
 
-_TYPE = "fuse.qtfs"
+_TYPE = b"fuse.qtfs"
 #: Kept open, for mount.qtfs -N may enter a mount namespace whose /proc knows us by another pid, or not at all.
 PROC = os.open("/proc", os.O_PATH | os.O_CLOEXEC)
-_OCTAL = re.compile(r"\\([0-7]{3})")
 
 
 def check_mountpoint(mountpoint: str) -> None:
@@ -38,28 +37,21 @@ def check_mountpoint(mountpoint: str) -> None:
         raise MountError(f"mount point {mountpoint} is busy: a qtfs file system is mounted there already")
 
 
-def _topmost(mountpoint: str) -> tuple[str, str]:
-    """(file system type, MAJOR:MINOR) of the topmost mount on a path, or empty texts: proc_pid_mountinfo(5)."""
-    top = ("", "")
-    with open(os.open("self/mountinfo", os.O_RDONLY, dir_fd=PROC), errors="surrogateescape") as file:
-        mounts = file.read().splitlines()
-    for line in mounts:
-        left, _, source = line.partition(" - ")
-        fields = left.split(" ")
-        if _OCTAL.sub(lambda match: chr(int(match[1], 8)), fields[4]) == mountpoint:
-            top = source.split(" ")[0], fields[2]
-    return top
+def _topmost(mountpoint: str) -> mountinfo.Mount | None:
+    """The topmost mount on a path."""
+    path = os.fsencode(mountpoint)
+    return next((mount for mount in reversed(mountinfo.read(PROC).values()) if mount.path == path), None)
 
 
 def _is_ours(mountpoint: str) -> bool:
     """Whether the topmost mount on a path is a qtfs one."""
-    return _topmost(mountpoint)[0] == _TYPE
+    return device_of(mountpoint) is not None
 
 
 def device_of(mountpoint: str) -> str | None:
     """MAJOR:MINOR of the qtfs mount on a path; None if there is none."""
-    kind, device = _topmost(mountpoint)
-    return device if kind == _TYPE else None
+    top = _topmost(mountpoint)
+    return f"{top.major}:{top.minor}" if top is not None and top.type == _TYPE else None
 
 
 def _unmount_lazily(mountpoint: str) -> str:

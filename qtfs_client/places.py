@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
-from pathlib import Path
+from collections.abc import Callable
 from typing import NamedTuple
 
+from qtfs_common import mountinfo
+from qtfs_common.mountinfo import Mount
+
 TYPE = b"fuse.qtfs"
-_MOUNTINFO = Path("/proc/self/mountinfo")
-_OCTAL = re.compile(rb"\\([0-7]{3})")
 
 
 class QtfsMount(NamedTuple):
@@ -28,42 +28,56 @@ class Place(NamedTuple):
     below: bytes
 
 
-def _plain(text: bytes) -> bytes:
-    return _OCTAL.sub(lambda match: bytes([int(match[1], 8)]), text)
+#: Whether a mount has a control socket. Those that stand for the server's mounts (`-o propagate`) have none.
+Served = Callable[[QtfsMount], bool]
 
 
-def _read(mountinfo: Path) -> list[tuple[bytes, bytes, QtfsMount]]:
-    """(mount point, type, the mount) of all mounts, later ones above earlier ones."""
-    found = []
-    for line in mountinfo.read_bytes().splitlines():
-        left, _, right = line.partition(b" - ")
-        _id, _parent, device, root, point, *_ = left.split(b" ")
-        kind, source, _options = right.split(b" ", 2)
-        plain = _plain(point)
-        found.append((plain, kind, QtfsMount(plain, device.decode(), _plain(root), _plain(source))))
-    return found
+def _qtfs_mount(mount: Mount) -> QtfsMount:
+    return QtfsMount(mount.path, f"{mount.major}:{mount.minor}", mount.root, mount.source)
 
 
-def qtfs_mounts(mountinfo: Path = _MOUNTINFO) -> list[QtfsMount]:
-    """All qtfs mounts."""
-    return [mount for _, kind, mount in _read(mountinfo) if kind == TYPE]
+def _below(path: bytes, mount: Mount) -> bytes:
+    """A path on a mount, below the root of the session."""
+    return (mount.root.strip(b"/") + b"/" + path[len(mount.path.rstrip(b"/")) :].strip(b"/")).strip(b"/")
+
+
+def _shown_by(mount: Mount, table: dict[int, Mount], served: Served) -> Mount:
+    """The mount whose daemon shows one of the server's mounts as `mount`, or that itself.
+
+    That is the one it stands on, if it has no control socket and shows what would be seen there without it.
+    """
+    while not served(_qtfs_mount(mount)):
+        outer = table.get(mount.parent)
+        if outer is None or outer.type != TYPE:
+            break
+        if outer.source.rstrip(b"/") + b"/" + _below(mount.path, outer) != mount.source:
+            break
+        mount = outer
+    return mount
+
+
+def qtfs_mounts(served: Served, table: dict[int, Mount] | None = None) -> list[QtfsMount]:
+    """All qtfs mounts, but for those that stand for a mount of the server."""
+    table = mountinfo.read() if table is None else table
+    ours = [mount for mount in table.values() if mount.type == TYPE]
+    return [_qtfs_mount(mount) for mount in ours if _shown_by(mount, table, served) is mount]
 
 
 def _covers(point: bytes, path: bytes) -> bool:
-    return path == point or path.startswith(point.rstrip(b"/") + b"/")
+    return path == point or mountinfo.is_below(path, point)
 
 
-def place_of(path: bytes, mountinfo: Path = _MOUNTINFO) -> Place | None:
+def place_of(path: bytes, served: Served, table: dict[int, Mount] | None = None) -> Place | None:
     """Where a path, absolute and without symbolic links, lies on a qtfs mount; None if it does not."""
-    on = (b"", b"", None)
-    for point, kind, mount in _read(mountinfo):
-        if _covers(point, path) and len(point) >= len(on[0]):
-            on = point, kind, mount  # type: ignore[assignment]
-    point, kind, found = on
-    if found is None or kind != TYPE:
+    table = mountinfo.read() if table is None else table
+    on = None
+    for mount in table.values():  # later ones above earlier ones
+        if _covers(mount.path, path) and (on is None or len(mount.path) >= len(on.path)):
+            on = mount
+    if on is None or on.type != TYPE:
         return None
-    below = found.root.strip(b"/") + b"/" + path[len(point.rstrip(b"/")) :].strip(b"/")
-    return Place(found, below.strip(b"/"))
+    shown = _shown_by(on, table, served)
+    return Place(_qtfs_mount(shown), _below(path, shown))
 
 
 def real_path(path: str | bytes) -> bytes:

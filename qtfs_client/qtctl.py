@@ -13,8 +13,8 @@ from typing import Any
 
 from qtfs_client.connection import Engine
 from qtfs_client.options import split_options
-from qtfs_client.places import Place, QtfsMount, place_of, qtfs_mounts, real_path
-from qtfs_client.remote_host import RemoteHost
+from qtfs_client.places import Place, QtfsMount, Served, place_of, qtfs_mounts, real_path
+from qtfs_client.remote_host import RemoteHost, served_from
 from qtfs_client.remote_mount import Translate, mount_call, on_server, translator
 from qtfs_common import __version__, auth, logs
 from qtfs_common.addresses import DEFAULT_PORT, parse_address
@@ -103,11 +103,20 @@ class _Target:
         if arguments.server and arguments.mount:
             raise _UsageError("--server and --mount exclude each other")
 
+    @property
+    def _run_dir(self) -> str | None:
+        found: str | None = self._arguments.run_dir or self._settings.get("run_dir")
+        return found
+
+    @property
+    def _served(self) -> Served:
+        return served_from(self._run_dir)
+
     def for_processes(self) -> RemoteHost:
         """For a command without a path: through the only mount there is, or to the configured engine."""
         if self._arguments.mount:
             return self._through(self._place(self._arguments.mount).mount)
-        mounts = qtfs_mounts()
+        mounts = qtfs_mounts(self._served)
         if not self._arguments.server and mounts:
             if len({mount.device for mount in mounts}) > 1:
                 raise _UsageError("there are several qtfs mounts: say which by --mount")
@@ -123,16 +132,16 @@ class _Target:
             below = os.fsencode(directory)[len(os.fsencode(root.rstrip("/"))) :].strip(b"/")
             return self._connect(root), below, on_server
         place = self._place(directory)
-        return self._through(place.mount), place.below, translator(place.mount)
+        return self._through(place.mount), place.below, translator(place.mount, self._served)
 
     def _place(self, directory: str) -> Place:
-        place = place_of(real_path(directory))
+        place = place_of(real_path(directory), self._served)
         if place is None:
             raise _UsageError(f"{directory} is not on a qtfs mount")
         return place
 
     def _through(self, mount: QtfsMount) -> RemoteHost:
-        return RemoteHost.of_mount(mount, self._arguments.run_dir or self._settings.get("run_dir"))
+        return RemoteHost.of_mount(mount, self._run_dir)
 
     def _connect(self, root: str) -> RemoteHost:
         text = self._arguments.server or self._settings.get("server")

@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import Protocol
 
 from qtfs_client.connection import Engine
-from qtfs_client.places import QtfsMount, place_of, real_path
+from qtfs_client.places import QtfsMount, Served, place_of, real_path
 from qtfs_client.sessions import Session
 from qtfs_common import remote_calls, rundir
 from qtfs_common.errors import ConnectError
@@ -118,6 +118,12 @@ def control_socket(directory: Path, device: str) -> Path:
     return directory / f"mount-{device}.sock"
 
 
+def served_from(run_dir: str | None) -> Served:
+    """Tells the mounts that have their control socket in a run directory. Raises QtfsError."""
+    directory = rundir.run_directory(run_dir)
+    return lambda mount: os.path.exists(control_socket(directory, mount.device))
+
+
 class RemoteHost:
     """The server, as far as its whitelist lets us change it."""
 
@@ -134,7 +140,7 @@ class RemoteHost:
     def of_mount(cls, mount: QtfsMount | str, run_dir: str | None = None) -> RemoteHost:
         """Speak through the daemon of a mount here, given as such or by any path on it. Raises QtfsError, OSError."""
         if isinstance(mount, str):
-            place = place_of(real_path(mount))
+            place = place_of(real_path(mount), served_from(run_dir))
             if place is None:
                 raise OSError(errno.EINVAL, f"{mount} is not on a qtfs mount")
             mount = place.mount

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from qtfs_client.options import OptionError
-from qtfs_client.places import QtfsMount, place_of, real_path
+from qtfs_client.places import QtfsMount, Served, place_of, real_path
 from qtfs_common.remote_calls import Action, MountCall, MountFlag, Option, OptionKind
 
 #: A path of the user: whether it lies below the session's root, and how the server knows it.
@@ -91,12 +91,12 @@ class _Wish:
             self.options.append(word)
 
 
-def translator(mount: QtfsMount) -> Translate:
+def translator(mount: QtfsMount, served: Served) -> Translate:
     """How paths here are known to the server that a qtfs mount is of."""
 
     def translate(path: bytes) -> tuple[bool, bytes]:
         real = real_path(path)
-        place = place_of(real)
+        place = place_of(real, served)
         if place is None:
             if not path.startswith(b"/"):
                 raise OptionError(f"'{os.fsdecode(path)}' is neither on the mount nor an absolute path of the server")

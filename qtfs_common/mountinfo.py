@@ -66,11 +66,20 @@ def visible_below(mounts: Iterable[Mount], mount_id: int, directory: bytes) -> I
     waiting = [(mount_id, directory)]
     while waiting:
         parent, place = waiting.pop()
-        for mount in on[parent]:
-            if is_below(mount.path, place):
-                top = _topmost(mount, on)
-                yield top
-                waiting.append((top.id, top.path))
+        for mount in _uncovered([mount for mount in on[parent] if is_below(mount.path, place)]):
+            top = _topmost(mount, on)
+            yield top
+            waiting.append((top.id, top.path))
+
+
+def _uncovered(mounts: list[Mount]) -> list[Mount]:
+    """Those of the mounts on one parent that no other one of them hides."""
+    found: list[Mount] = []
+    # What lies below a path follows it in this order.
+    for mount in sorted(mounts, key=lambda mount: mount.path + b"/"):
+        if not (found and is_below(mount.path, found[-1].path)):
+            found.append(mount)
+    return found
 
 
 def _topmost(mount: Mount, on: dict[int, list[Mount]]) -> Mount:

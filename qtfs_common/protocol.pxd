@@ -473,28 +473,6 @@ cdef packed struct stale_name:      # MOUNTS_CHANGED: the name follows, then zer
     uint32_t name_bytes
     uint32_t reserved
 
-cdef packed struct list_mounts_request:
-    uint64_t token                  # of the listing that is being read on; 0: any
-    uint32_t first                  # records to leave out
-    uint32_t size                   # room for the reply, bytes
-
-cdef packed struct list_mounts_reply:   # mount_record[count] follow
-    uint64_t token                  # changes whenever the listing does
-    uint32_t count
-    uint32_t total
-
-cdef packed struct mount_record:    # path, type, source, options, super options follow, zeros up to a multiple of 8
-    uint64_t id
-    uint64_t parent
-    uint32_t major
-    uint32_t minor
-    uint32_t path_bytes
-    uint32_t type_bytes
-    uint32_t source_bytes
-    uint32_t options_bytes
-    uint32_t super_bytes
-    uint32_t reserved
-
 # CANCEL (event channel): header.tag names the request that is to end with EINTR. It has no reply of its own.
 # PING: no body; the reply echoes the header.
 

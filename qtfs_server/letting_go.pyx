@@ -100,11 +100,16 @@ cdef void _cool(session *s, uint64_t mount_id) noexcept nogil:
     pthread_mutex_unlock(&s.guard)
 
 
-cdef void release_mount(uint64_t mount_id) noexcept nogil:
+def release_mount(uint64_t mount_id) -> None:
     """Let a mount go that is about to be unmounted: by its id in the mount table, or by its unique one.
 
     What still holds it then are open files, requests under way, and sessions whose root is on it.
     """
+    with nogil:
+        _release_mount(mount_id)
+
+
+cdef void _release_mount(uint64_t mount_id) noexcept nogil:
     cdef session *s
     pthread_mutex_lock(&_walking)
     s = session_after(NULL)
@@ -115,7 +120,7 @@ cdef void release_mount(uint64_t mount_id) noexcept nogil:
     pthread_mutex_unlock(&_walking)
 
 
-cdef void mount_gone(uint64_t mount_id) noexcept nogil:
+def mount_gone(uint64_t mount_id) -> None:
     """Note that a mount was taken away, and not lazily: its number may be given out again before the table is read."""
     cdef session *s = session_after(NULL)
     cdef uint32_t i

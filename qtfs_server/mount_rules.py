@@ -13,9 +13,9 @@ import logging
 import os
 import re
 
+from qtfs_common import mountinfo
 from qtfs_common.remote_calls import Option, OptionKind
 from qtfs_common.whitelist import Type
-from qtfs_server.mount_table import all_mounts
 from qtfs_server.policy import deny, granted
 
 log = logging.getLogger(__name__)
@@ -119,8 +119,8 @@ def check_options(type_: bytes, options: tuple[Option, ...]) -> None:
 
 def check_sharers(mount_id: int) -> None:
     """EPERM if a mount's file system is also where clients may not mount: what is changed in it would change there."""
-    mounts = all_mounts()
-    devices = {(mount.major, mount.minor) for mount in mounts if mount.id == mount_id}
-    for mount in mounts:
+    mounts = mountinfo.read()
+    devices = {(mount.major, mount.minor) for mount in mounts.values() if mount.id == mount_id}
+    for mount in mounts.values():
         if (mount.major, mount.minor) in devices:
             check_place(mount.path)

@@ -20,10 +20,11 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, NamedTuple
 
-from qtfs_common import remote_calls
+from qtfs_common import mountinfo, remote_calls
 from qtfs_common.protocol import LIMITS
-from qtfs_common.remote_calls import Action, MountCall, MountFlag, Option, OptionKind
+from qtfs_common.remote_calls import Action, MountCall, MountFlag, MountRecord, Option, OptionKind
 from qtfs_server import loops, mount_rules
+from qtfs_server.letting_go import mount_gone, release_mount
 from qtfs_server.mount_calls import (
     BENEATH,
     CMD_CREATE,
@@ -45,10 +46,8 @@ from qtfs_server.mount_calls import (
     umount,
     unique_mount_id,
 )
-from qtfs_server.mount_release import mount_gone, release_mount
 from qtfs_server.mount_rules import path_of
-from qtfs_server.mount_table import all_mounts, record, visible_mounts
-from qtfs_server.mounts import unique_ids
+from qtfs_server.mounts import read_table, unique_ids
 
 if TYPE_CHECKING:
     from qtfs_server.errands import Errand
@@ -69,6 +68,8 @@ _ATTRIBUTES = _ATTR_ATIME | sum(_ATTR_FLAGS)
 _MNT_DETACH = 2
 _UMOUNT_FLAGS = 7
 _UMOUNT_NOFOLLOW = 8
+
+_MOST_TEXT = 4095
 
 #: Whoever else unmounts what a session mounted does not tell us: once in so many mounts we look.
 _PRUNED_AT = 256
@@ -369,11 +370,7 @@ class RemoteMounts:
             path, root_mount = path_of(root), mount_id(root)
         finally:
             os.close(root)
-        table = all_mounts()
-        ids = unique_ids(mount.id for mount in table)
-        seen = visible_mounts(root_mount, path, table)
-        records = [remote_calls.pack_mount_record(record(mount, path, ids)) for mount in seen]
-        return _page(call, records)
+        return _page(call, _records(root_mount, path))
 
     # ---- what sessions have mounted
 
@@ -408,7 +405,7 @@ class RemoteMounts:
             made = self._made.setdefault(errand.session, [])
             made.append(fresh)
             if len(made) % _PRUNED_AT == 0:
-                there = {mount.id for mount in all_mounts()}
+                there = mountinfo.read()
                 made[:] = [mount for mount in made if mount.id in there]
 
     def _forget(self, mounted: int) -> None:
@@ -427,7 +424,7 @@ def _check_caller(errand: Errand) -> None:
 
 def _detach_again(made: _Made) -> None:
     """Unmount what a session made, wherever it is by now, unless it is gone."""
-    mount = next((mount for mount in all_mounts() if mount.id == made.id), None)
+    mount = mountinfo.read().get(made.id)
     if mount is None:
         return
     parent, _, name = mount.path.rpartition(b"/")
@@ -441,6 +438,20 @@ def _detach_again(made: _Made) -> None:
             os.close(directory)
     except OSError as error:
         log.warning("%s: cannot be unmounted after its session: %s", os.fsdecode(mount.path), error.strerror)
+
+
+def _records(root_mount: int, root: bytes) -> list[bytes]:
+    """The mounts below a directory, packed; their ids are never used again, from Linux 6.8 on."""
+    table = read_table()
+    ids = unique_ids(table)
+    cut = len(root.rstrip(b"/")) + 1
+    records = []
+    for mount in mountinfo.visible_below(table.values(), root_mount, root):
+        texts = (mount.path[cut:], mount.type, mount.source, mount.options, mount.super_options)
+        short = (text[:_MOST_TEXT] for text in texts)
+        numbers = (ids[mount.id], ids.get(mount.parent, 0), mount.major, mount.minor)
+        records.append(remote_calls.pack_mount_record(MountRecord(*numbers, *short)))
+    return records
 
 
 def _page(call: remote_calls.ListCall, records: list[bytes]) -> bytes:

@@ -517,9 +517,11 @@ cdef class Errand:
         return self.s.read_only
 
     def root(self) -> int:
-        """A descriptor of the session's root, O_PATH, which is the caller's."""
+        """A descriptor of the session's root, O_PATH, which is the caller's. OSError: it is gone."""
         cdef node *n = NULL
-        cdef int error = node_pin(self.s, ROOT_NODE, &n)
+        cdef int error
+        with nogil:
+            error = node_pin(self.s, ROOT_NODE, &n)
         if error < 0:
             raise OSError(-error, os.strerror(-error))
         try:
@@ -630,6 +632,7 @@ cdef class Server:
         """Body of the thread that serves whatever waits for FIFOs, devices and pseudo files; returns after `stop`."""
         with nogil:
             watch_streams()
+
     def watch_mounts(self) -> None:
         """Body of the thread that follows the mount table and lets mounts go; returns after `stop`."""
         watch_mounts(self.stop_fd)

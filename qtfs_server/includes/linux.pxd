@@ -25,7 +25,6 @@ cdef extern from "<fcntl.h>" nogil:
         AT_EACCESS
         AT_NO_AUTOMOUNT
         O_ACCMODE
-        F_DUPFD_CLOEXEC
         F_GETFL
         F_SETFL
         O_APPEND

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from qtfs_client.options import OptionError
-from qtfs_client.places import place_of, qtfs_mounts
+from qtfs_client.places import QtfsMount, place_of, qtfs_mounts
 from qtfs_client.remote_mount import mount_call, on_server
+from qtfs_common.mountinfo import parse
 from qtfs_common.remote_calls import Action, MountCall, MountFlag, Option, OptionKind
 
 ATIME = 0x70
@@ -116,7 +115,7 @@ def test_without_a_mount_paths_are_the_servers() -> None:
 
 # ---- where paths lie
 
-MOUNTINFO = """\
+MOUNTINFO = b"""\
 20 1 8:1 / / rw - ext4 /dev/sda1 rw
 30 20 0:40 / /mnt rw shared:1 - fuse.qtfs /srv rw
 31 30 0:41 / /mnt/inner rw - tmpfs none rw
@@ -124,7 +123,15 @@ MOUNTINFO = """\
 33 20 0:42 / /with\\040blank rw - fuse.qtfs /a\\040b rw
 34 20 0:43 / /covered rw - fuse.qtfs /srv rw
 35 34 0:44 / /covered rw - tmpfs  rw
+36 30 0:45 / /mnt/s rw - fuse.qtfs /srv/s rw
+37 36 0:46 / /mnt/s/t rw - fuse.qtfs /srv/s/t rw
+38 36 0:47 / /mnt/s/a rw - fuse.qtfs /srv/s/a rw
+39 30 0:48 / /mnt/o rw - fuse.qtfs /srv/other rw
 """
+
+
+def served(mount: QtfsMount) -> bool:
+    return mount.device not in ("0:45", "0:46", "0:48")
 
 
 @pytest.mark.parametrize(
@@ -139,12 +146,17 @@ MOUNTINFO = """\
         (b"/bound", ("0:40", b"part/of")),
         (b"/with blank/x", ("0:42", b"x")),
         (b"/covered/x", None),
+        (b"/mnt/s", ("0:40", b"s")),
+        (b"/mnt/s/x", ("0:40", b"s/x")),
+        (b"/mnt/s/t/x", ("0:40", b"s/t/x")),
+        (b"/mnt/s/a/x", ("0:47", b"x")),
+        (b"/mnt/o/x", ("0:48", b"x")),
         (b"/", None),
     ],
 )
-def test_places(tmp_path: Path, path: bytes, found: tuple[str, bytes] | None) -> None:
-    mountinfo = tmp_path / "mountinfo"
-    mountinfo.write_text(MOUNTINFO)
-    place = place_of(path, mountinfo)
+def test_places(path: bytes, found: tuple[str, bytes] | None) -> None:
+    table = {mount.id: mount for mount in map(parse, MOUNTINFO.splitlines())}
+    place = place_of(path, served, table)
     assert (place and (place.mount.device, place.below)) == found
-    assert [mount.source for mount in qtfs_mounts(mountinfo)] == [b"/srv", b"/srv", b"/a b", b"/srv"]
+    sources = [b"/srv", b"/srv", b"/a b", b"/srv", b"/srv/s/a", b"/srv/other"]
+    assert [mount.source for mount in qtfs_mounts(served, table)] == sources

@@ -9,6 +9,5 @@ cdef int reply_error(worker *w, int error) noexcept nogil
 cdef void expire_name(mount_state *m, uint64_t directory, const char *name, size_t name_bytes) noexcept nogil
 cdef void forget_cached_attributes(mount_state *m, uint64_t node) noexcept nogil
 cdef void show_size(mount_state *m, uint64_t node, uint64_t size) noexcept nogil
-cdef void forget_cached_name(mount_state *m, uint64_t directory, const char *name, size_t name_bytes) noexcept nogil
 cdef int negotiate(mount_state *m) noexcept nogil
 cdef int clone_device(int device) noexcept nogil

@@ -100,15 +100,6 @@ cdef void show_size(mount_state *m, uint64_t node, uint64_t size) noexcept nogil
     write_reply(m.device, 0, FUSE_NOTIFY_STORE, &what, sizeof(what), &nothing, 1)
 
 
-cdef void forget_cached_name(mount_state *m, uint64_t directory, const char *name, size_t name_bytes) noexcept nogil:
-    """Make the kernel look a name up again; the NUL behind it is sent too. It waits for whoever changes the directory."""
-    cdef fuse_notify_inval_entry_out what
-    what.parent = directory
-    what.namelen = <uint32_t>name_bytes
-    what.flags = 0
-    write_reply(m.device, 0, FUSE_NOTIFY_INVAL_ENTRY, &what, sizeof(what), name, name_bytes + 1)
-
-
 # ---- INIT ----------------------------------------------------------------------------------------------------------
 
 cdef uint32_t _wanted_flags(mount_state *m) noexcept nogil:

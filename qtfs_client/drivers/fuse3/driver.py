@@ -82,16 +82,11 @@ class Fuse3Driver:
 
     # ------------------------------------------------------------------------------------------------- the interface
 
-    @property
-    def ticket(self) -> Ticket:
-        """What joins the mount's session as it is now."""
-        return self._ticket
-
     def forget_name(self, directory: int, name: bytes) -> None:
         """Make the kernel look a name up again."""
         mount = self._mount
         if mount is not None:
-            mount.forget_name(directory, name)
+            mount.expire_name(directory, name)
 
     def mount(self) -> None:
         """Attach the file system to the mount point and agree with the kernel on the protocol. Raises MountError."""
@@ -183,6 +178,11 @@ class Fuse3Driver:
     def attached(self) -> FuseMount | None:
         """What `mount` attached to the mount point."""
         return self._attached
+
+    @property
+    def ticket(self) -> Ticket:
+        """Of the session as it is now; it changes with `epoch`."""
+        return self._ticket
 
     @property
     def epoch(self) -> int:

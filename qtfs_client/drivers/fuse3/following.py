@@ -22,7 +22,7 @@ import select
 import stat
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from qtfs_client.connection import Engine, HandshakeError, encode
@@ -30,10 +30,11 @@ from qtfs_client.drivers import MountError
 from qtfs_client.drivers.mounting import FuseMount, detach, node_of
 from qtfs_client.mountpoint import PROC
 from qtfs_client.options import MountOptions
+from qtfs_client.remote_host import RemoteHost
 from qtfs_common import mountinfo, remote_calls
 from qtfs_common.errors import QtfsError
-from qtfs_common.protocol import LIMITS, OPERATIONS
-from qtfs_common.remote_calls import ListCall, MountRecord
+from qtfs_common.protocol import OPERATIONS
+from qtfs_common.remote_calls import MountRecord
 from qtfs_common.transport import Connection
 
 if TYPE_CHECKING:
@@ -67,6 +68,20 @@ class _Child:
     @property
     def key(self) -> tuple[bytes, int]:
         return self.record.path, self.record.id
+
+
+class _OwnSlot:
+    """How calls of the thread get to the server: remote_host.Way."""
+
+    def __init__(self, ask: Callable[[str, bytes], bytes]) -> None:
+        self._ask = ask
+
+    def call(self, operation: str, body: bytes) -> bytes:
+        """The reply's body. Raises OSError, QtfsError, ValueError."""
+        return self._ask(operation, body)
+
+    def close(self) -> None:
+        """The channel stays the thread's."""
 
 
 def _raise_descriptor_limit() -> None:
@@ -187,18 +202,7 @@ class Follower:
 
     def _list(self) -> list[MountRecord]:
         """The server's mounts below our root, parents first. Raises QtfsError, OSError, ValueError."""
-        call = ListCall(0, 0, LIMITS["MAX_PAYLOAD"])
-        found: list[MountRecord] = []
-        while True:
-            try:
-                page = remote_calls.parse_page(self._ask("LIST_MOUNTS", remote_calls.pack_list(call)))
-            except BlockingIOError:     # EAGAIN: there is another listing than that of the page before
-                call, found = ListCall(0, 0, call.size), []
-                continue
-            found += page.mounts
-            if len(found) >= page.total or not page.mounts:
-                return found
-            call = ListCall(page.token, len(found), call.size)
+        return RemoteHost(_OwnSlot(self._ask)).mounts()
 
     def _ask(self, operation: str, body: bytes) -> bytes:
         """One request over a slot that no worker has."""

@@ -5,7 +5,7 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
 from qtfs_client.drivers.fuse3.callers cimport callers_can_be_seen
-from qtfs_client.drivers.fuse3.device cimport clone_device, expire_name, forget_cached_name, negotiate
+from qtfs_client.drivers.fuse3.device cimport clone_device, expire_name, negotiate
 from qtfs_client.drivers.fuse3.events cimport watch
 from qtfs_client.drivers.fuse3.exchange cimport stop
 from qtfs_client.drivers.fuse3.special cimport SpecialRules
@@ -243,13 +243,6 @@ cdef class Mount:
             except BlockingIOError:
                 pass
 
-    def forget_name(self, uint64_t directory, bytes name not None) -> None:
-        """Make the kernel look a name up again. Not from a thread that serves requests."""
-        cdef const char *text = name
-        cdef size_t size = len(name)
-        with nogil:
-            forget_cached_name(&self.m, directory, text, size)
-
     @property
     def stopping(self) -> bool:
         """Whether the mount has ended."""
@@ -290,7 +283,10 @@ cdef class Mount:
         return bodies
 
     def expire_name(self, uint64_t directory, bytes name not None) -> None:
-        """Make the kernel look a name up again before it trusts it. It waits for what is under way in the directory."""
+        """Make the kernel look a name up again before it trusts it. It waits for what is under way in the directory.
+
+        Not from a thread that serves requests.
+        """
         cdef const char *text = name
         cdef size_t name_bytes = len(name)
         with nogil:

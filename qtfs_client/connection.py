@@ -99,7 +99,7 @@ class Engine:
         connection = self._connect()
         try:
             flags = read_only * _MOUNT_READ_ONLY | watch * _MOUNT_WATCH | let_go * _MOUNT_LET_GO
-            wanted = min(slots + control, LIMITS["MAX_SLOTS"])
+            wanted = min(slots + control, LIMITS["MAX_SLOTS"]) if control else slots
             body = _MOUNT_REQUEST.pack(flags, wanted) + os.fsencode(source)
             error, reply = self._exchange(connection, OPERATIONS["MOUNT"], body)
             if error:

@@ -53,16 +53,33 @@ def _covers(point: bytes, path: bytes) -> bool:
     return path == point or path.startswith(point.rstrip(b"/") + b"/")
 
 
+def _covering(path: bytes, mounts: list[tuple[bytes, bytes, QtfsMount]]) -> QtfsMount | None:
+    """The mount that a path lies on, if that is a qtfs one."""
+    on: tuple[bytes, bytes, QtfsMount | None] = (b"", b"", None)
+    for point, kind, mount in mounts:
+        if _covers(point, path) and len(point) >= len(on[0]):
+            on = point, kind, mount
+    return on[2] if on[1] == TYPE else None
+
+
+def _main_mount(mount: QtfsMount, mounts: list[tuple[bytes, bytes, QtfsMount]]) -> QtfsMount:
+    """The mount whose daemon serves this one: mounts made by -o propagate lie on it, and show what it would show."""
+    above = _covering(os.path.dirname(mount.point), mounts)
+    if above is None or above == mount or (above.root, mount.root) != (b"/", b"/"):
+        return mount
+    if mount.source != os.path.join(above.source, os.path.relpath(mount.point, above.point)):
+        return mount
+    return _main_mount(above, mounts)
+
+
 def place_of(path: bytes, mountinfo: Path = _MOUNTINFO) -> Place | None:
     """Where a path, absolute and without symbolic links, lies on a qtfs mount; None if it does not."""
-    on = (b"", b"", None)
-    for point, kind, mount in _read(mountinfo):
-        if _covers(point, path) and len(point) >= len(on[0]):
-            on = point, kind, mount  # type: ignore[assignment]
-    point, kind, found = on
-    if found is None or kind != TYPE:
+    mounts = _read(mountinfo)
+    found = _covering(path, mounts)
+    if found is None:
         return None
-    below = found.root.strip(b"/") + b"/" + path[len(point.rstrip(b"/")) :].strip(b"/")
+    found = _main_mount(found, mounts)
+    below = found.root.strip(b"/") + b"/" + path[len(found.point.rstrip(b"/")) :].strip(b"/")
     return Place(found, below.strip(b"/"))
 
 

@@ -47,6 +47,19 @@ def test_a_tmpfs(both: Machines) -> None:
     assert not both.mounted_on_server("d")
 
 
+def test_a_mount_that_propagates_back(tmp_path: Path) -> None:
+    """With -o propagate a remote mount is one of the client too, and still the server's to unmount."""
+    with Machines(tmp_path, options="propagate").running() as both:
+        (both.share / "d").mkdir()
+        both.on_client('mount -t qtfs.tmpfs none "$point/d"').check()
+        wait_until(lambda: str(both.point / "d") in both.client.mountinfo(), "the mount on the client")
+        both.on_client('mkdir "$point/d/inner"; mount -t qtfs.tmpfs none "$point/d/inner"; touch "$point/d/inner/f"').check()
+        wait_until(lambda: str(both.point / "d/inner") in both.client.mountinfo(), "the other mount on the client")
+        both.on_client('"$qtctl" umount "$point/d/inner"; "$qtctl" umount "$point/d"').check()
+        assert not both.mounted_on_server()
+        wait_until(lambda: str(both.point / "d") not in both.client.mountinfo(), "the mounts to go")
+
+
 def test_a_bind_mount_within_the_mount(both: Machines) -> None:
     (both.share / "from").mkdir()
     (both.share / "from/file").write_text("bound")

@@ -18,7 +18,7 @@ from qtfs_common.transport cimport WAIT_READABLE, channel, lend_buffers, message
 from qtfs_server.dispatch cimport SLOT_BUSY, counters, execute, execute_in_slot
 from qtfs_server.identity cimport identity_init
 from qtfs_server.includes.linux cimport atomic_add_int, atomic_load_int, close, pthread_mutex_destroy, \
-    pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock
+    pthread_mutex_init, pthread_mutex_lock, pthread_mutex_trylock, pthread_mutex_t, pthread_mutex_unlock
 from qtfs_server.operations.locks cimport abandon_waits, cancel_wait, set_answer, stop_waiting_for_locks, \
     wait_for_locks
 from qtfs_server.policy cimport ALLOW_MOUNT, path_place, place, count_denial
@@ -94,6 +94,7 @@ cdef enum:
     SPIN_US = 200                   # how long to look for the next request; below 100 it costs more than it gains
     SPIN_CREDIT = 16                # fruitless spins until a worker stops spinning for a while
     PARTIAL_WAIT_US = 10000         # how long workers wait for the rest of a message that is on its way
+    SENDING_POLL_US = 20
     EVENT_SEND_TIMEOUT_MS = 5000    # an event channel whose peer does not read is cut
     EXECUTING_POLL_US = 1000
     UNATTACHED_TIMEOUT_US = 60000000
@@ -214,14 +215,26 @@ cdef void _own_event_reply(connection *c, uint16_t op, uint64_t tag, int error) 
     pthread_mutex_unlock(&c.send_guard)
 
 
-cdef void _answer_wait(session *s, uint64_t tag, int error) noexcept nogil:
-    """Reply to a SETLKW from the thread that tries locks. Without an event channel the client will ask again."""
+cdef connection *_event_sender(session *s) noexcept nogil:
+    """The event channel of a session, its send_guard ours; NULL: there is none.
+
+    Who sends may take its time, or need the GIL: session.guard, which others want with the GIL, is not held meanwhile.
+    """
     cdef connection *c
-    pthread_mutex_lock(&s.guard)
-    c = <connection *>s.event
-    if c != NULL:
-        pthread_mutex_lock(&c.send_guard)
-    pthread_mutex_unlock(&s.guard)
+    cdef bint ours = False
+    while not ours:
+        pthread_mutex_lock(&s.guard)
+        c = <connection *>s.event
+        ours = c == NULL or pthread_mutex_trylock(&c.send_guard) == 0
+        pthread_mutex_unlock(&s.guard)
+        if not ours:
+            usleep(SENDING_POLL_US)
+    return c
+
+
+cdef void _answer_wait(session *s, uint64_t tag, int error) noexcept nogil:
+    """Reply to a SETLKW from whatever thread. Without an event channel the client will ask again."""
+    cdef connection *c = _event_sender(s)
     if c != NULL:
         _event_reply(c, OP_SETLKW, tag, error)
         pthread_mutex_unlock(&c.send_guard)

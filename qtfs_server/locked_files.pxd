@@ -55,6 +55,7 @@ cdef struct locked_file:
 
 cdef bint nothing_locked() noexcept nogil
 cdef locked_file *file_enter(session *s, node *n, bint make) noexcept nogil
+cdef void file_hold(locked_file *f) noexcept nogil
 cdef void file_leave(locked_file *f) noexcept nogil
 cdef lock_owner *owner_find(locked_file *f, const session *s, uint64_t owner) noexcept nogil
 cdef lock_owner *owner_new(locked_file *f, session *s, uint64_t owner, uint64_t handle, int fd) noexcept nogil

@@ -83,6 +83,13 @@ cdef locked_file *_enter_locked(locked_file *f) noexcept nogil:
     return f
 
 
+cdef void file_hold(locked_file *f) noexcept nogil:
+    """One more reference: whoever takes the turn of it by himself gives both back with file_leave."""
+    pthread_mutex_lock(&_guard)
+    f.references += 1
+    pthread_mutex_unlock(&_guard)
+
+
 cdef void file_leave(locked_file *f) noexcept nogil:
     """Give the turn back; a record that says nothing goes."""
     cdef locked_file **at

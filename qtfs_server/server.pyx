@@ -19,8 +19,8 @@ from qtfs_server.dispatch cimport SLOT_BUSY, counters, execute, execute_in_slot
 from qtfs_server.identity cimport identity_init
 from qtfs_server.includes.linux cimport atomic_add_int, atomic_load_int, close, pthread_mutex_destroy, \
     pthread_mutex_init, pthread_mutex_lock, pthread_mutex_trylock, pthread_mutex_t, pthread_mutex_unlock
-from qtfs_server.operations.locks cimport abandon_waits, cancel_wait, set_answer, stop_waiting_for_locks, \
-    wait_for_locks
+from qtfs_server.operations.locks cimport abandon_waits, cancel_wait, queue_for_locks, set_answer, \
+    stop_waiting_for_locks, wait_for_locks
 from qtfs_server.policy cimport ALLOW_MOUNT, path_place, place, count_denial
 from qtfs_server.request cimport DEFERRED, MALFORMED, SCRATCH_BYTES
 from qtfs_server.nodes cimport root_enter
@@ -510,6 +510,11 @@ cdef class Server:
         """Body of the thread that tries waiting lock requests again; returns after `stop`."""
         with nogil:
             wait_for_locks()
+
+    def queue_for_locks(self) -> None:
+        """Body of a thread that queues in the kernel for locks which processes of the server hold."""
+        with nogil:
+            queue_for_locks()
 
     def stop(self) -> None:
         """Let every thread finish what it is executing and return."""

@@ -15,4 +15,5 @@ cdef void abandon_waits(session *s) noexcept nogil
 ctypedef void (*answer_function)(session *s, uint64_t tag, int error) noexcept nogil
 cdef void set_answer(answer_function answer) noexcept nogil
 cdef void wait_for_locks() noexcept nogil
+cdef void queue_for_locks() noexcept nogil
 cdef void stop_waiting_for_locks() noexcept nogil

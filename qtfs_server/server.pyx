@@ -220,7 +220,7 @@ cdef connection *_event_sender(session *s) noexcept nogil:
 
     Who sends may take its time, or need the GIL: session.guard, which others want with the GIL, is not held meanwhile.
     """
-    cdef connection *c
+    cdef connection *c = NULL
     cdef bint ours = False
     while not ours:
         pthread_mutex_lock(&s.guard)

@@ -54,6 +54,7 @@ cdef enum operation:                # numbers are never reused
     OP_PING = 6
     OP_CANCEL = 7
     OP_READY = 8
+    OP_MOUNTS_CHANGED = 9
     OP_LOOKUP = 16
     OP_FORGET = 17
     OP_GETATTR = 18
@@ -94,6 +95,7 @@ cdef enum operation:                # numbers are never reused
     OP_STATX = 53
     OP_SYNCFS = 54
     OP_POLL = 55
+    OP_LIST_MOUNTS = 62
     OP_COUNT = 64                   # table size, not an operation
 
 cdef packed struct header:          # 32 bytes, before every message
@@ -127,11 +129,13 @@ cdef packed struct welcome:
 # AUTHENTICATE: request PROOF_BYTES of the client, reply PROOF_BYTES of the server (auth.py)
 
 cdef packed struct mount_request:   # the path follows, without NUL
-    uint32_t flags                  # MOUNT_READ_ONLY
+    uint32_t flags                  # MOUNT_READ_ONLY, MOUNT_WATCH, MOUNT_LET_GO
     uint32_t slots                  # slot channels wanted
 
 cdef enum:
     MOUNT_READ_ONLY = 1
+    MOUNT_WATCH = 2                 # send MOUNTS_CHANGED over the event channel
+    MOUNT_LET_GO = 4                # the mount of the root may be unmounted too, and the session is then of no use
 
 cdef packed struct mount_reply:
     uint64_t session
@@ -458,6 +462,33 @@ cdef packed struct poll_reply:      # struct fuse_poll_out; the client writes ze
     uint32_t available              # bytes that a stream has to read: FIONREAD; 0 if it cannot tell
 
 # READY (event channel, from the server, no reply): what a POLL asked for under that tag may have changed.
+cdef packed struct stale_name:      # MOUNTS_CHANGED: the name follows, then zeros up to a multiple of 8
+    uint64_t directory              # node
+    uint32_t name_bytes
+    uint32_t reserved
+
+cdef packed struct list_mounts_request:
+    uint64_t token                  # of the listing that is being read on; 0: any
+    uint32_t first                  # records to leave out
+    uint32_t size                   # room for the reply, bytes
+
+cdef packed struct list_mounts_reply:   # mount_record[count] follow
+    uint64_t token                  # changes whenever the listing does
+    uint32_t count
+    uint32_t total
+
+cdef packed struct mount_record:    # path, type, source, options, super options follow, zeros up to a multiple of 8
+    uint64_t id
+    uint64_t parent
+    uint32_t major
+    uint32_t minor
+    uint32_t path_bytes
+    uint32_t type_bytes
+    uint32_t source_bytes
+    uint32_t options_bytes
+    uint32_t super_bytes
+    uint32_t reserved
+
 # CANCEL (event channel): header.tag names the request that is to end with EINTR. It has no reply of its own.
 # PING: no body; the reply echoes the header.
 

@@ -12,7 +12,7 @@ from qtfs_common.protocol cimport *
 from qtfs_common.transport cimport message
 from qtfs_server.identity cimport act_as_root, identity
 from qtfs_server.includes.linux cimport pthread_mutex_lock, pthread_mutex_unlock
-from qtfs_server.operations cimport directories, files, inodes, locks, names, streams
+from qtfs_server.operations cimport directories, files, inodes, locks, mount_list, names, streams
 from qtfs_server.request cimport DEFERRED, MALFORMED, operation_function, request
 from qtfs_server.nodes cimport evict
 from qtfs_server.session cimport SAVED_REPLY_BYTES, session, slot
@@ -69,6 +69,7 @@ _define(OP_COPY_FILE_RANGE, files.op_copy_file_range, False)
 _define(OP_STATX, inodes.op_statx, True)
 _define(OP_SYNCFS, inodes.op_syncfs, True)
 _define(OP_POLL, streams.op_poll, True)
+_define(OP_LIST_MOUNTS, mount_list.op_list_mounts, True)
 
 
 cdef int _unpack(request *r, const message *msg) noexcept nogil:

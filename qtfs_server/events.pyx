@@ -153,6 +153,16 @@ cdef void event_notify(session *s, uint16_t op, uint64_t tag) noexcept nogil:
     _send(s, op, 0, tag, 0, NULL, 0, True)
 
 
+cdef void event_tell(session *s, uint16_t op, const void *body, size_t body_bytes) noexcept nogil:
+    """The same, if there is an event channel: a client that attaches one reckons that it missed something."""
+    cdef bint attached
+    pthread_mutex_lock(&s.outbox_guard)
+    attached = s.event != NULL
+    pthread_mutex_unlock(&s.outbox_guard)
+    if attached:
+        _send(s, op, 0, 0, 0, body, body_bytes, False)
+
+
 cdef void event_pong(session *s, uint64_t tag) noexcept nogil:
     """Answer a PING, if the connection that brought it still stands."""
     _send(s, OP_PING, MESSAGE_REPLY, tag, 0, NULL, 0, False)

@@ -19,8 +19,9 @@ from qtfs_server.connection cimport STATE_EVENT, STATE_GREETED, STATE_NEW, STATE
 from qtfs_server.dispatch cimport SLOT_BUSY, counters, execute, execute_in_slot
 from qtfs_server.events cimport event_acknowledged, event_answered, event_attached, event_pong, event_reply
 from qtfs_server.identity cimport identity_init
-from qtfs_server.includes.linux cimport atomic_add_int, atomic_load_int, close, pthread_mutex_init, pthread_mutex_lock, \
-    pthread_mutex_t, pthread_mutex_unlock
+from qtfs_server.includes.linux cimport AT_FDCWD, O_CLOEXEC, O_DIRECTORY, O_PATH, RESOLVE_NO_MAGICLINKS, SYS_openat2, \
+    atomic_add_int, atomic_load_int, close, open_how, pthread_mutex_init, pthread_mutex_lock, \
+    pthread_mutex_t, pthread_mutex_unlock, syscall
 from qtfs_server.openers cimport abandon_openings, cancel_opening
 from qtfs_server.operations.locks cimport abandon_waits, cancel_wait, set_answer, stop_waiting_for_locks, \
     wait_for_locks
@@ -41,6 +42,7 @@ import struct
 from qtfs_common import auth
 from qtfs_common.addresses import tune_socket
 from qtfs_common.protocol import OPERATION_NAMES
+from qtfs_server.mount_watch import watch_mounts
 
 cdef extern from "<sys/epoll.h>" nogil:
     enum:
@@ -515,6 +517,9 @@ cdef class Server:
         """Body of the thread that serves whatever waits for FIFOs, devices and pseudo files; returns after `stop`."""
         with nogil:
             watch_streams()
+    def watch_mounts(self) -> None:
+        """Body of the thread that follows the mount table and lets mounts go; returns after `stop`."""
+        watch_mounts(self.stop_fd)
 
     def stop(self) -> None:
         """Let every thread finish what it is executing and return."""
@@ -599,7 +604,9 @@ cdef class Server:
             os.close(fd)
             raise MemoryError
         s.read_only = flags & MOUNT_READ_ONLY
-        cdef int error = root_enter(s, fd, path_place(<const char *>real))
+        s.watches_mounts = flags & MOUNT_WATCH
+        s.lets_root_go = flags & MOUNT_LET_GO
+        cdef int error = root_enter(s, fd, path_place(<const char *>real, NULL))
         if error < 0:
             session_unref(s)
             raise Refused(-error)
@@ -724,13 +731,20 @@ def _unpack(layout: str, body: bytes) -> tuple:
 
 
 def _open_source(path: bytes) -> int:
-    """Open the directory a client wants to mount, if the whitelist has it. EPERM comes before ENOENT tells anything."""
-    try:
-        fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
+    """Open the directory a client wants to mount, if the whitelist has it. EPERM comes before ENOENT tells anything.
+
+    Magic links are not followed: /proc/PID/root/home is not the /home that the whitelist means.
+    """
+    cdef open_how how
+    memset(&how, 0, sizeof(how))
+    how.flags = O_PATH | O_DIRECTORY | O_CLOEXEC
+    how.resolve = RESOLVE_NO_MAGICLINKS
+    cdef int fd = <int>syscall(SYS_openat2, AT_FDCWD, <const char *>path, &how, sizeof(how))
+    if fd < 0:
+        error = errno
         # Through the symbolic links, as the open went: what lies behind one is not for everybody to find out.
         _check_mount(os.path.realpath(path))
-        raise Refused(error.errno) from None
+        raise Refused(error)
     try:
         _check_mount(os.fsencode(os.readlink(f"/proc/self/fd/{fd}")))
     except Refused:
@@ -740,7 +754,7 @@ def _open_source(path: bytes) -> int:
 
 
 def _check_mount(path: bytes) -> None:
-    if not path_place(<const char *>path).allowed & ALLOW_MOUNT:
+    if not path_place(<const char *>path, NULL).allowed & ALLOW_MOUNT:
         count_denial(ALLOW_MOUNT)
         # count_denial warns once; a client that tries again and again must not fill the log.
         log.info("whitelist: %s may not be mounted: it is not in [Mount]", os.fsdecode(path))

@@ -21,6 +21,9 @@ cdef enum:                          # node.flags
     NODE_RECENT = 2                 # used since the eviction hand last came by
     NODE_REVIVE_BY_PATH = 4         # node.revive is a path, not a file handle
     NODE_PATHLESS = 8               # opened by file handle: the kernel may not know its path
+    NODE_WARM = 16                  # used since the last look at those that hold mounts
+    NODE_LISTED = 32                # its index stands in session.holders; it belongs to the index, not to the node
+    NODE_USED = NODE_RECENT | NODE_WARM
 
 cdef struct node:
     uint64_t ino
@@ -45,6 +48,7 @@ cdef enum:                          # handle.flags
     HANDLE_APPEND = 16              # writes go to the end unless they say otherwise
     HANDLE_STREAM = 32              # a FIFO or character device: read(2), write(2), O_NONBLOCK
     HANDLE_POLLABLE = 64            # POLL may say something else than "always ready"
+    HANDLE_NAMES_ONLY = 128         # a directory whose entries' attributes nobody may trust for a moment
 
 cdef struct handle:
     int32_t fd
@@ -58,10 +62,18 @@ cdef struct handle:
     void *stream                    # what waits for it and watches it (streams.pxd); NULL: nothing ever did
 
 cdef struct device:                 # one mount of the server, as far as this session has met it
-    uint64_t mount_id
+    uint64_t mount_id               # from Linux 6.8 on never used again: STATX_MNT_ID_UNIQUE
     uint64_t number                 # st_dev
-    int32_t mount_fd                # for open_by_handle_at; -1: not opened yet, -2: impossible
+    uint32_t listed_id              # the mount's number in /proc/self/mountinfo
+    uint32_t nodes                  # records of nodes that lie on it
+    int32_t mount_fd                # for open_by_handle_at; -1: not open
+    uint32_t mount_users            # who uses mount_fd just now
+    int64_t f_type                  # of statfs(2)
+    uint16_t shield                 # where the session meets it, among the protections: policy.shield_of
     bint uncached                   # a pseudo file system
+    bint warm                       # mount_fd was used since the last look
+    bint known                      # was there when the mount table was last asked for
+    bint gone                       # unmounted: the entry serves again once no node lies on it
 
 cdef struct slot:
     uint64_t sequence               # the last one executed
@@ -84,6 +96,8 @@ cdef struct session:
     int32_t connections
     bint ended
     bint read_only
+    bint watches_mounts             # is told when the mount table changes
+    bint lets_root_go               # the root's mount is not held either
     int64_t idle_since_us           # when the last connection went
     void *event                     # connection of the event channel; changes under both guards
     bint event_busy                 # a message of it, or of the one before, is being executed
@@ -113,6 +127,9 @@ cdef struct session:
     uint32_t handles_used
     device *devices
     uint32_t device_count
+    uint32_t *holders               # indexes of nodes whose descriptors hold mounts that are to be let go
+    uint32_t holder_count
+    uint32_t holder_room
     void *lock_owners               # list of locked_files.pxd, under its guard
     session *next                   # of all there are
     session *previous
@@ -124,6 +141,7 @@ cdef bint session_hold(session *s) noexcept nogil
 cdef void session_unref(session *s) noexcept nogil
 cdef void set_farewell(session_function farewell) noexcept nogil
 cdef session *session_fullest() noexcept nogil
+cdef session *session_after(session *s) noexcept nogil
 cdef node *node_at(session *s, uint32_t index) noexcept nogil
 cdef handle *handle_at(session *s, uint32_t index) noexcept nogil
 cdef void **grown_chunks(void **chunks, uint32_t count, size_t item_bytes) noexcept nogil

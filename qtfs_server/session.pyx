@@ -108,6 +108,7 @@ cdef void _session_free(session *s) noexcept nogil:
     for i in range(s.slots):
         free(s.slot_table[i].saved)
     free(s.devices)
+    free(s.holders)
     free(s.slot_table)
     free(s.buckets)
     while s.outbox != NULL:
@@ -180,4 +181,18 @@ cdef session *session_fullest() noexcept nogil:
     if found != NULL and not session_hold(found):
         found = NULL                    # it will be freed once we let go of the list
     pthread_mutex_unlock(&_all_guard)
+    return found
+
+
+cdef session *session_after(session *s) noexcept nogil:
+    """Go through all sessions, the newest first: give back the reference to one and get one to the next. NULL: begin, end."""
+    cdef session *found
+    pthread_mutex_lock(&_all_guard)
+    found = s.next if s != NULL else _all
+    while found != NULL and atomic_add_int(&found.references, 1) == 1:
+        atomic_add_int(&found.references, -1)   # as above
+        found = found.next
+    pthread_mutex_unlock(&_all_guard)
+    if s != NULL:
+        session_unref(s)
     return found

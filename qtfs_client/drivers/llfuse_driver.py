@@ -52,6 +52,7 @@ from qtfs_client.remote import (
     Time,
 )
 from qtfs_client.sessions import Session
+from qtfs_common.special import concerned
 from qtfs_common.transport import Connection
 
 
@@ -547,6 +548,8 @@ def _detach_mountpoint(mountpoint: str) -> None:
 class LlfuseDriver:
     """One mount, see qtfs_client.drivers.Driver."""
 
+    propagates = False
+
     def __init__(self, options: MountOptions, engine: Engine, connection: Connection, ticket: Ticket) -> None:
         self._options = options
         self._workers = min(options.channels, ticket.slots)
@@ -569,6 +572,10 @@ class LlfuseDriver:
     def mount(self) -> None:
         """Attach the file system to the mount point. Raises MountError."""
         mountpoint = self._options.mountpoint
+        ruled = concerned(self._options.rules, self._options.source)
+        if ruled:
+            path = os.fsdecode(b"/" + b"/".join(ruled[0].pattern))
+            raise MountError(f"{mountpoint}: a special rule is for {path}, and driver llfuse knows none: use driver=fuse3")
         hooks.allow_waking()
         with _captured_stderr() as complaint:
             try:

@@ -69,7 +69,9 @@ cdef enum:                          # opcodes
 cdef enum:                          # error field of a message that answers nothing
     FUSE_NOTIFY_POLL = 1
     FUSE_NOTIFY_INVAL_INODE = 2
+    FUSE_NOTIFY_INVAL_ENTRY = 3
     FUSE_NOTIFY_STORE = 4
+    FUSE_EXPIRE_ONLY = 1            # fuse_notify_inval_entry_out.flags
 
 cdef enum:                          # INIT flags
     FUSE_ASYNC_READ = 1 << 0
@@ -341,6 +343,11 @@ cdef struct fuse_statx_in:
     uint64_t fh
     uint32_t sx_flags
     uint32_t sx_mask
+
+cdef struct fuse_notify_inval_entry_out:    # the name and a NUL follow
+    uint64_t parent
+    uint32_t namelen
+    uint32_t flags
 
 cdef struct fuse_notify_inval_inode_out:
     uint64_t ino

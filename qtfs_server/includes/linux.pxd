@@ -147,6 +147,8 @@ cdef extern from "<unistd.h>" nogil:
     int symlinkat(const char *, int, const char *)
     int unlinkat(int, const char *, int)
     int64_t lseek(int, int64_t, int)
+    ssize_t read(int, void *, size_t)
+    ssize_t write(int, const void *, size_t)
     ssize_t pread(int, void *, size_t, int64_t)
     ssize_t pwrite(int, const void *, size_t, int64_t)
     ssize_t readlinkat(int, const char *, char *, size_t)
@@ -237,6 +239,13 @@ cdef extern from "<pthread.h>" nogil:
     int pthread_cond_wait(pthread_cond_t *, pthread_mutex_t *)
     int pthread_cond_timedwait(pthread_cond_t *, pthread_mutex_t *, const timespec *)
 
+cdef extern from "<sys/eventfd.h>" nogil:
+    enum:
+        EFD_CLOEXEC
+        EFD_NONBLOCK
+    int eventfd(unsigned int, int)
+    int eventfd_write(int, uint64_t)
+
 cdef packed struct linux_dirent64:  # getdents64(2); the name follows, NUL-terminated
     uint64_t d_ino
     int64_t d_off
@@ -248,12 +257,16 @@ cdef extern from *:
     #ifndef STATX_MNT_ID
     #define STATX_MNT_ID 0x00001000U
     #endif
+    #ifndef STATX_MNT_ID_UNIQUE
+    #define STATX_MNT_ID_UNIQUE 0x00004000U
+    #endif
     #define qtfs_atomic_add(p, n) __atomic_add_fetch((p), (n), __ATOMIC_RELAXED)
     #define qtfs_atomic_load(p) __atomic_load_n((p), __ATOMIC_ACQUIRE)
     #define qtfs_atomic_store(p, v) __atomic_store_n((p), (v), __ATOMIC_RELEASE)
     """
     enum:
         STATX_MNT_ID
+        STATX_MNT_ID_UNIQUE
     int32_t atomic_add_int "qtfs_atomic_add"(int32_t *, int32_t) nogil
     uint64_t atomic_add_u64 "qtfs_atomic_add"(uint64_t *, uint64_t) nogil
     int32_t atomic_load_int "qtfs_atomic_load"(int32_t *) nogil

@@ -4,7 +4,7 @@ FIFOs and devices branch off to streams.pyx.
 
 Sources: open(2), openat(2), pread(2), copy_file_range(2), fallocate(2), ioctl_iflags(2), <linux/fs.h>.
 """
-from libc.errno cimport EACCES, EBADF, EEXIST, EINVAL, EISDIR, ELOOP, ENOENT, ENOTTY, EROFS, ESTALE, errno
+from libc.errno cimport EACCES, EBADF, EEXIST, EINVAL, EISDIR, ELOOP, ENOENT, ENOTTY, EROFS, ESPIPE, ESRCH, ESTALE, errno
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
@@ -16,10 +16,11 @@ from qtfs_server.identity cimport act_as, act_as_root, drop_fsetid
 from qtfs_server.includes.linux cimport AT_EACCESS, AT_EMPTY_PATH, AT_FDCWD, F_SETFL, O_ACCMODE, O_APPEND, O_CLOEXEC, \
     O_CREAT, O_DSYNC, O_EXCL, O_NOATIME, O_NOCTTY, O_NOFOLLOW, O_NONBLOCK, O_PATH, O_RDONLY, O_SYNC, O_TMPFILE, O_TRUNC, \
     RWF_APPEND, S_IFDIR, S_IFLNK, S_IFREG, SYS_faccessat2, close, copy_file_range, dup, fallocate, fcntl, fdatasync, \
-    fsync, ioctl, iovec, lseek, openat, pread, pwrite, pwritev2, statx_t, syscall, umask
+    fsync, ioctl, iovec, lseek, openat, pread, pwrite, pwritev2, read, statx_t, syscall, umask, write
 from qtfs_server.operations.locks cimport drop_locks, end_handle_locks
+from qtfs_server.operations.ourselves cimport moves_ourselves
 from qtfs_server.operations.streams cimport is_special, open_special, read_stream, write_stream
-from qtfs_server.policy cimport ALLOW_CREATE, ALLOW_DEVICE, ALLOW_OPEN, ALLOW_READ, ALLOW_SETATTR, ALLOW_WRITE, place
+from qtfs_server.policy cimport ALLOW_CREATE, ALLOW_OPEN, ALLOW_READ, ALLOW_SETATTR, ALLOW_WRITE, place
 from qtfs_server.request cimport DEFERRED, MALFORMED, as_caller, request, take_name
 from qtfs_server.attributes cimport lies_on_pseudo, signature, stat_fd
 from qtfs_server.descriptors cimport proc_path
@@ -116,7 +117,9 @@ cdef int _open_fd(request *r, node *n, uint32_t flags, uint32_t kill) noexcept n
         act_as_root(r.me)           # to execute, a file need not be readable
     if kill & KILL_PRIVILEGES and r.who.uid == 0:
         drop_fsetid(r.me)
-    fd = openat(AT_FDCWD, link, (flags & (PASSED_FLAGS | O_TRUNC)) | O_CLOEXEC | O_NOCTTY)
+    # Files that the kernel makes up may wait for something to tell (trace_pipe); a worker must not.
+    fd = openat(AT_FDCWD, link, (flags & (PASSED_FLAGS | O_TRUNC)) | O_CLOEXEC | O_NOCTTY |
+                (O_NONBLOCK if lies_on_pseudo(r.s, n) else 0))
     return fd if fd >= 0 else -errno
 
 
@@ -270,6 +273,12 @@ cdef int op_tmpfile(request *r) noexcept nogil:
 
 # ---- data --------------------------------------------------------------------------------------------------------
 
+cdef ssize_t _read(const handle *h, uint8_t *data, size_t size, uint64_t offset) noexcept nogil:
+    """pread(2); of a file that knows no offsets, what comes next."""
+    cdef ssize_t got = pread(h.fd, data, size, offset)
+    return read(h.fd, data, size) if got < 0 and errno == ESPIPE else got
+
+
 cdef int op_read(request *r) noexcept nogil:
     """READ: read_request → data; fewer bytes than asked only at the end of the file."""
     cdef read_request *body = <read_request *>r.body
@@ -285,7 +294,7 @@ cdef int op_read(request *r) noexcept nogil:
     if error == 0 and h.flags & HANDLE_STREAM:
         error = read_stream(r, h, body)
     elif error == 0:
-        got = pread(h.fd, r.reply, body.size, body.offset)
+        got = _read(h, r.reply, body.size, body.offset)
         error = -errno if got < 0 else 0
         r.reply_bytes = max(got, 0)
     if error != DEFERRED:
@@ -304,11 +313,14 @@ cdef void _as_writer(request *r, uint32_t kill) noexcept nogil:
 cdef ssize_t _write(const handle *h, uint8_t *data, const write_request *body) noexcept nogil:
     """write(2) at the offset or, atomically, at the end of the file, wherever that is by now. As pwrite(2)."""
     cdef iovec part
+    cdef ssize_t done
     if not body.flags & WRITE_APPEND and (not h.flags & HANDLE_APPEND or body.flags & WRITE_AT_OFFSET):
-        return pwrite(h.fd, data, body.size, body.offset)
-    part.iov_base = data
-    part.iov_len = body.size
-    return pwritev2(h.fd, &part, 1, 0, RWF_APPEND)
+        done = pwrite(h.fd, data, body.size, body.offset)
+    else:
+        part.iov_base = data
+        part.iov_len = body.size
+        done = pwritev2(h.fd, &part, 1, 0, RWF_APPEND)
+    return write(h.fd, data, body.size) if done < 0 and errno == ESPIPE else done   # as in _read
 
 
 cdef int op_write(request *r) noexcept nogil:
@@ -323,6 +335,8 @@ cdef int op_write(request *r) noexcept nogil:
     if error < 0:
         return error
     error = node_allowed(h.node, h.fd, ALLOW_WRITE)
+    if error == 0 and moves_ourselves(r.s, h, r.body + sizeof(write_request), body.size):
+        error = -ESRCH              # who is meant is not a process of this machine
     if error == 0 and h.flags & HANDLE_STREAM:
         error = write_stream(r, h, r.body + sizeof(write_request), body)
     elif error == 0:
@@ -476,30 +490,31 @@ cdef struct ioctl_row:
     uint32_t command
     uint16_t in_bytes
     uint16_t out_bytes
-    uint16_t needed                 # whitelist type
+    bint of_device                  # only of a FIFO or device, which is named if it is open
+    bint changes                    # needs Setattr
     bint with_argument              # its argument is a number, not a pointer
 
 # What the numbers of <linux/fs.h>, <asm-generic/ioctls.h> and <linux/random.h> say of their arguments is all that a FUSE
 # client can carry: commands like TCGETS or BLKGETSIZE do not tell their sizes, and those with pointers inside cannot cross.
 cdef ioctl_row[18] _ioctls
-_ioctls[0] = ioctl_row(FS_IOC_GETFLAGS, 0, sizeof(int32_t), 0, False) 
-_ioctls[1] = ioctl_row(FS_IOC_SETFLAGS, sizeof(int32_t), 0, ALLOW_SETATTR, False)
-_ioctls[2] = ioctl_row(FS_IOC_FSGETXATTR, 0, 28, 0, False)              # struct fsxattr
-_ioctls[3] = ioctl_row(FS_IOC_FSSETXATTR, 28, 0, ALLOW_SETATTR, False)
-_ioctls[4] = ioctl_row(TCGETS2, 0, 44, ALLOW_DEVICE, False)             # struct termios2
-_ioctls[5] = ioctl_row(TCSETS2, 44, 0, ALLOW_DEVICE, False)
-_ioctls[6] = ioctl_row(TCSETSF2, 44, 0, ALLOW_DEVICE, False)
-_ioctls[7] = ioctl_row(TCXONC, 0, 0, ALLOW_DEVICE, True)
-_ioctls[8] = ioctl_row(TCFLSH, 0, 0, ALLOW_DEVICE, True)
-_ioctls[9] = ioctl_row(TIOCEXCL, 0, 0, ALLOW_DEVICE, False)
-_ioctls[10] = ioctl_row(TIOCNXCL, 0, 0, ALLOW_DEVICE, False)
-_ioctls[11] = ioctl_row(TIOCGPTN, 0, 4, ALLOW_DEVICE, False)
-_ioctls[12] = ioctl_row(TIOCSPTLCK, 4, 0, ALLOW_DEVICE, False)
-_ioctls[13] = ioctl_row(TIOCGPTLCK, 0, 4, ALLOW_DEVICE, False)
-_ioctls[14] = ioctl_row(TIOCGPKT, 0, 4, ALLOW_DEVICE, False)
-_ioctls[15] = ioctl_row(TIOCGDEV, 0, 4, ALLOW_DEVICE, False)
-_ioctls[16] = ioctl_row(RNDGETENTCNT, 0, 4, ALLOW_DEVICE, False)
-_ioctls[17] = ioctl_row(BLKGETSIZE64, 0, 8, ALLOW_DEVICE, False)
+_ioctls[0] = ioctl_row(FS_IOC_GETFLAGS, 0, sizeof(int32_t), False, False, False)
+_ioctls[1] = ioctl_row(FS_IOC_SETFLAGS, sizeof(int32_t), 0, False, True, False)
+_ioctls[2] = ioctl_row(FS_IOC_FSGETXATTR, 0, 28, False, False, False)              # struct fsxattr
+_ioctls[3] = ioctl_row(FS_IOC_FSSETXATTR, 28, 0, False, True, False)
+_ioctls[4] = ioctl_row(TCGETS2, 0, 44, True, False, False)             # struct termios2
+_ioctls[5] = ioctl_row(TCSETS2, 44, 0, True, False, False)
+_ioctls[6] = ioctl_row(TCSETSF2, 44, 0, True, False, False)
+_ioctls[7] = ioctl_row(TCXONC, 0, 0, True, False, True)
+_ioctls[8] = ioctl_row(TCFLSH, 0, 0, True, False, True)
+_ioctls[9] = ioctl_row(TIOCEXCL, 0, 0, True, False, False)
+_ioctls[10] = ioctl_row(TIOCNXCL, 0, 0, True, False, False)
+_ioctls[11] = ioctl_row(TIOCGPTN, 0, 4, True, False, False)
+_ioctls[12] = ioctl_row(TIOCSPTLCK, 4, 0, True, False, False)
+_ioctls[13] = ioctl_row(TIOCGPTLCK, 0, 4, True, False, False)
+_ioctls[14] = ioctl_row(TIOCGPKT, 0, 4, True, False, False)
+_ioctls[15] = ioctl_row(TIOCGDEV, 0, 4, True, False, False)
+_ioctls[16] = ioctl_row(RNDGETENTCNT, 0, 4, True, False, False)
+_ioctls[17] = ioctl_row(BLKGETSIZE64, 0, 8, True, False, False)
 
 
 cdef const ioctl_row *_find_ioctl(uint32_t command) noexcept nogil:
@@ -516,10 +531,10 @@ cdef int _ioctl(request *r, handle *h, const ioctl_row *row) noexcept nogil:
     cdef ioctl_reply *out = <ioctl_reply *>r.reply
     cdef uint64_t room[8]
     cdef size_t size
-    cdef int error = node_allowed(h.node, h.fd, row.needed)
-    if row.needed == ALLOW_DEVICE and not is_special(h.node):
+    cdef int error = node_allowed(h.node, h.fd, ALLOW_SETATTR) if row.changes else 0
+    if row.of_device and not is_special(h.node):
         return -ENOTTY
-    if error == 0 and row.needed == ALLOW_SETATTR and r.s.read_only:
+    if error == 0 and row.changes and r.s.read_only:
         error = -EROFS
     if error < 0:
         return error

@@ -16,10 +16,11 @@ from qtfs_server.includes.linux cimport AT_EACCESS, AT_EMPTY_PATH, AT_FDCWD, AT_
     O_DIRECTORY, O_RDONLY, S_IFLNK, STATX_BASIC_STATS, STATX_BTIME, SYS_faccessat2, UTIME_NOW, UTIME_OMIT, close, \
     fchmodat, fchownat, fstatfs, ftruncate, getxattr, listxattr, openat, readlinkat, removexattr, setxattr, statfs_t, \
     statx, statx_t, statx_timestamp, syncfs, syscall, timespec, truncate, utimensat
+from qtfs_server.operations.ourselves cimport link_not_ours
 from qtfs_server.operations.streams cimport is_special, show_as_stream
 from qtfs_server.policy cimport ALLOW_SETATTR, ALLOW_SETXATTR, ALLOW_WRITE
 from qtfs_server.request cimport MALFORMED, as_caller, copy_text, request
-from qtfs_server.attributes cimport node_stat
+from qtfs_server.attributes cimport lies_on_proc, node_stat
 from qtfs_server.descriptors cimport proc_path
 from qtfs_server.handles cimport handle_pin, handle_unpin
 from qtfs_server.nodes cimport node_allowed, node_pin, node_unpin
@@ -202,7 +203,7 @@ cdef int op_setattr(request *r) noexcept nogil:
 
 
 cdef int op_readlink(request *r) noexcept nogil:
-    """READLINK: nothing → the target."""
+    """READLINK: nothing → the target. Where it would be the engine's own process, see link_not_ours."""
     cdef node *n = NULL
     cdef ssize_t length
     cdef int error
@@ -217,6 +218,8 @@ cdef int op_readlink(request *r) noexcept nogil:
     as_caller(r)
     length = readlinkat(n.fd, b"", <char *>r.reply, MAX_PATH)
     error = -errno if length < 0 else 0
+    if length > 0 and lies_on_proc(r.s, n):
+        length = link_not_ours(<char *>r.reply, length)
     node_unpin(r.s, n)
     r.reply_bytes = max(length, 0)
     return error

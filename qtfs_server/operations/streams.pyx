@@ -17,9 +17,8 @@ from qtfs_server.descriptors cimport proc_path
 from qtfs_server.identity cimport act_as_root
 from qtfs_server.includes.linux cimport AT_FDCWD, O_ACCMODE, O_CLOEXEC, O_NOCTTY, O_NONBLOCK, O_RDONLY, O_RDWR, \
     O_WRONLY, S_IFBLK, S_IFCHR, S_IFIFO, S_IFMT, S_IFREG, S_IFSOCK, close, ioctl, openat, pread, snprintf
-from qtfs_server.nodes cimport node_allowed
 from qtfs_server.openers cimport wait_to_open
-from qtfs_server.policy cimport ALLOW_DEVICE
+from qtfs_server.policy cimport device_refusal
 from qtfs_server.request cimport DEFERRED, MALFORMED, as_caller, request
 from qtfs_server.session cimport HANDLE_POLLABLE, HANDLE_STREAM, HANDLE_WRITABLE, handle, node
 from qtfs_server.streams cimport stream_arm, stream_take_news, stream_wait_for
@@ -140,7 +139,7 @@ cdef int open_special(request *r, node *n, uint32_t flags, open_reply *out) noex
     cdef int fd, error
     if n.type == S_IFSOCK:
         return -ENXIO
-    error = node_allowed(n, n.fd, 0 if n.type == S_IFIFO else ALLOW_DEVICE)
+    error = 0 if n.type == S_IFIFO else device_refusal(n.fd)
     if error < 0:
         return error
     if n.type == S_IFBLK:

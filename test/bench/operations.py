@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import random
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,10 +20,11 @@ _PARALLEL = 4
 
 @dataclass(frozen=True)
 class Place:
-    """A directory to work in, and the same one as its server sees it."""
+    """A directory to work in, and the same one as its server sees it; the server's /proc, if it can be read."""
 
     top: str
     backing: str
+    proc: str | None
 
     def path(self, name: str) -> str:
         return f"{self.top}/{name}"
@@ -31,17 +35,21 @@ class Place:
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-Measure = Callable[[Place, int], float]
+Measure = Callable[[Place, int], float | None]
 
 
 @dataclass(frozen=True)
 class Operation:
-    """`unit` says what `measure` returns: µs per operation (less is better), or something per second."""
+    """`unit` says what `measure` returns: µs per operation (less is better), or something per second.
+
+    None: the place cannot do it. `has_target`: it is judged beside sshfs.
+    """
 
     name: str
     unit: str
     measure: Measure
     count: int
+    has_target: bool = True
 
     @property
     def is_latency(self) -> bool:
@@ -148,6 +156,119 @@ def _write(place: Place, count: int) -> float:
         os.close(fd)
 
 
+# ------------------------------------------------------------------------------------- what only some can do, latencies
+
+
+def _walk_proc(place: Place, count: int) -> float | None:
+    """As ps(1) does, of all processes of the server: µs per process."""
+    if place.proc is None:
+        return None
+    begin, processes = time.perf_counter_ns(), 0
+    for _ in range(count):
+        for name in os.listdir(place.proc):
+            if name.isdecimal():
+                processes += _look_at_process(f"{place.proc}/{name}")
+    return (time.perf_counter_ns() - begin) / processes / 1e3
+
+
+def _look_at_process(directory: str) -> bool:
+    """False if it has ended meanwhile."""
+    try:
+        os.stat(directory)
+        for name in ("stat", "status", "cmdline"):
+            with open(f"{directory}/{name}", "rb", buffering=0) as file:
+                data = file.read()
+            assert data or name == "cmdline", f"{directory}/{name} is empty"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return True
+
+
+def _lock_hand_over(place: Place, count: int) -> float | None:
+    """Two processes pass a lock to each other: each waits for the next of three bytes and then unlocks its own."""
+    name = place.path("small")
+    if not _locks_reach_the_server(place):
+        return None
+    fd = os.open(name, os.O_RDWR)
+    ready, tell = os.pipe()
+    fcntl.lockf(fd, fcntl.LOCK_EX, 1, 0)
+
+    def other() -> None:
+        theirs = os.open(name, os.O_RDWR)
+        fcntl.lockf(theirs, fcntl.LOCK_EX, 1, 1)
+        os.write(tell, b"x")
+        _pass_on(theirs, 1, count)
+
+    child = _in_child(other)
+    os.close(tell)
+    assert os.read(ready, 1), "the other process failed"
+    begin = time.perf_counter_ns()
+    _pass_on(fd, 0, count)
+    elapsed = time.perf_counter_ns() - begin
+    os.close(fd)
+    os.close(ready)
+    assert os.waitpid(child, 0)[1] == 0, "the other process failed"
+    return elapsed / count / 1e3
+
+
+def _pass_on(fd: int, held: int, count: int) -> None:
+    for _ in range(count):
+        fcntl.lockf(fd, fcntl.LOCK_EX, 1, (held + 1) % 3)
+        fcntl.lockf(fd, fcntl.LOCK_UN, 1, held)
+        held = (held + 1) % 3
+
+
+def _locks_reach_the_server(place: Place) -> bool:
+    """Whether a process of the server is refused what is locked here."""
+    with open(place.path("small"), "r+b") as here, open(f"{place.backing}/small", "r+b") as there:
+        fcntl.lockf(here, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        status = os.waitpid(_in_child(lambda: fcntl.lockf(there, fcntl.LOCK_EX | fcntl.LOCK_NB), quiet=True), 0)[1]
+    return status != 0
+
+
+def _fifo_ping_pong(place: Place, count: int) -> float | None:
+    """A byte to a process of the server and another back."""
+    for name in ("ping", "pong"):
+        os.mkfifo(f"{place.backing}/{name}")
+    try:
+        return _ping_pong(place, count)
+    finally:
+        for name in ("ping", "pong"):
+            os.unlink(f"{place.backing}/{name}")
+
+
+def _ping_pong(place: Place, count: int) -> float | None:
+    coming = os.open(place.path("pong"), os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        back = os.open(f"{place.backing}/pong", os.O_WRONLY | os.O_NONBLOCK)
+    except OSError as error:
+        os.close(coming)
+        assert error.errno == errno.ENXIO, error
+        return None  # here it is another FIFO than on the server
+    os.set_blocking(back, True)
+
+    def other() -> None:
+        arriving = os.open(f"{place.backing}/ping", os.O_RDONLY)
+        while os.read(arriving, 1):
+            os.write(back, b"x")
+
+    child = _in_child(other)
+    os.close(back)
+    going = os.open(place.path("ping"), os.O_WRONLY)
+    ours = os.open(place.path("pong"), os.O_RDONLY)
+    os.close(coming)
+
+    def once() -> None:
+        os.write(going, b"x")
+        assert os.read(ours, 1), "the other process failed"
+
+    elapsed = _each_us(once, count)
+    os.close(going)
+    os.close(ours)
+    assert os.waitpid(child, 0)[1] == 0, "the other process failed"
+    return elapsed
+
+
 # --------------------------------------------------------------------------------------------------------- throughputs
 
 
@@ -188,13 +309,16 @@ def _parallel_open_close(place: Place, count: int) -> float:
     return _PARALLEL * count / (time.perf_counter() - begin)
 
 
-def _in_child(work: Callable[[], object]) -> int:
+def _in_child(work: Callable[[], object], *, quiet: bool = False) -> int:
     child = os.fork()
     if child == 0:
         status = 1
         try:
             work()
             status = 0
+        except OSError:
+            if not quiet:
+                traceback.print_exc()
         finally:
             os._exit(status)
     return child
@@ -209,6 +333,9 @@ OPERATIONS = (
     Operation(f"list and stat {MANY} files", "µs", _list_and_stat, 2),
     Operation("random read 4 KiB", "µs", _random_read, 1000),
     Operation("write 4 KiB", "µs", _write, 500),
+    Operation("walk of /proc, per process", "µs", _walk_proc, 4, has_target=False),
+    Operation("FIFO round trip", "µs", _fifo_ping_pong, 500, has_target=False),
+    Operation("lock hand-over", "µs", _lock_hand_over, 500, has_target=False),
     Operation("sequential read", "MB/s", _sequential_read, DATA_BYTES // MIB),
     Operation("sequential write", "MB/s", _sequential_write, DATA_BYTES // MIB),
     Operation(f"open + close, {_PARALLEL} processes", "1/s", _parallel_open_close, 500),

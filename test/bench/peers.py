@@ -32,6 +32,7 @@ SSHFS_UNCACHED = "sshfs uncached"
 SSHFS = "sshfs"
 PASSTHROUGH = "passthrough_ll"
 BARE = "bare directory"
+_SSHFS = {SSHFS_UNCACHED: ("dir_cache=no", "attr_timeout=0", "entry_timeout=0"), SSHFS: ()}
 
 
 class Unavailable(Exception):
@@ -43,33 +44,37 @@ Mount = Callable[[Path, Path, contextlib.ExitStack], None]
 
 @dataclass(frozen=True)
 class Peer:
-    """A way to mount a backing directory on another; `mount` leaves on a stack how to undo it."""
+    """A way to mount a backing directory on another; `mount` leaves on a stack how to undo it.
+
+    `mount_proc` does the same for /proc; None: this way cannot read files that say they are empty.
+    """
 
     name: str
     mount: Mount | None
+    mount_proc: Mount | None = None
 
     def place(self, area: Path, stack: contextlib.ExitStack) -> Place:
-        """A fresh directory below `area`, mounted. Raises Unavailable."""
+        """A fresh directory below `area`, mounted, and /proc. Raises Unavailable."""
         backing = area / self.name.replace(" ", "-")
         backing.mkdir()
         if self.mount is None:
-            return Place(str(backing), str(backing))
-        top = area / f"{backing.name}.mnt"
+            return Place(str(backing), str(backing), "/proc")
+        top, proc = area / f"{backing.name}.mnt", area / f"{backing.name}.proc"
         top.mkdir()
         self.mount(backing, top, stack)
-        return Place(str(top), str(backing))
+        if self.mount_proc is None:
+            return Place(str(top), str(backing), None)
+        proc.mkdir()
+        self.mount_proc(Path("/proc"), proc, stack)
+        return Place(str(top), str(backing), str(proc))
 
 
 def all_peers(area: Path) -> list[Peer]:
     """In the order of the table."""
     engine = Engine(area)
     return [
-        Peer(QTFS_UNIX, engine.mounter("unix", "cache=none")),
-        Peer(QTFS_TCP, engine.mounter("tcp", "cache=none")),
-        Peer(QTFS_UNIX_DEFAULT, engine.mounter("unix")),
-        Peer(QTFS_TCP_DEFAULT, engine.mounter("tcp")),
-        Peer(SSHFS_UNCACHED, lambda *a: _mount_sshfs(*a, options="dir_cache=no,attr_timeout=0,entry_timeout=0")),
-        Peer(SSHFS, lambda *a: _mount_sshfs(*a, options="")),
+        *(Peer(name, mount, mount) for name, mount in engine.mounters().items()),
+        *(Peer(name, _sshfs(*options), _sshfs(*options, "direct_io")) for name, options in _SSHFS.items()),
         Peer(PASSTHROUGH, _mount_passthrough),
         Peer(BARE, None),
     ]
@@ -124,7 +129,16 @@ class Engine:
         self._area = area
         self._addresses: dict[str, str] = {}
 
-    def mounter(self, transport: str, options: str = "") -> Mount:
+    def mounters(self) -> dict[str, Mount]:
+        """By transport, without caches and with the default."""
+        return {
+            QTFS_UNIX: self._mounter("unix", "cache=none"),
+            QTFS_TCP: self._mounter("tcp", "cache=none"),
+            QTFS_UNIX_DEFAULT: self._mounter("unix"),
+            QTFS_TCP_DEFAULT: self._mounter("tcp"),
+        }
+
+    def _mounter(self, transport: str, options: str = "") -> Mount:
         def mount(backing: Path, top: Path, stack: contextlib.ExitStack) -> None:
             if not self._addresses:
                 self._run(stack)
@@ -155,21 +169,25 @@ class Engine:
 
     def _write_whitelist(self) -> Path:
         path = self._area / "whitelist"
-        path.write_text("".join(f"[{kind}]\nPath={self._area};\n" for kind in _WHITELIST))
+        path.write_text("".join(f"[{kind}]\nPath={self._area};/proc;\n" for kind in _WHITELIST))
         return path
 
 
 # --------------------------------------------------------------------------------------------------------------- sshfs
 
 
-def _mount_sshfs(backing: Path, top: Path, stack: contextlib.ExitStack, *, options: str) -> None:
+def _sshfs(*options: str) -> Mount:
+    return lambda backing, top, stack: _mount_sshfs(backing, top, stack, options)
+
+
+def _mount_sshfs(backing: Path, top: Path, stack: contextlib.ExitStack, options: Sequence[str]) -> None:
     """sshfs straight on an sftp-server over TCP: no ssh, no encryption."""
     sshfs, server = shutil.which("sshfs"), next(filter(Path.exists, map(Path, _SFTP_SERVERS)), None)
     if sshfs is None or server is None:
         raise Unavailable(f"{'no sftp-server' if sshfs else 'no sshfs'} here (run: make deps)")
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        text = f"directport={listener.getsockname()[1]}"
-        command: list[str | Path] = [sshfs, "-f", f"localhost:{backing}", top, "-o", f"{text},{options}".rstrip(",")]
+        text = ",".join((f"directport={listener.getsockname()[1]}", *options))
+        command: list[str | Path] = [sshfs, "-f", f"localhost:{backing}", top, "-o", text]
         process = _start(stack, command)
         with _accept(listener) as connection:
             _start(stack, [server], stdin=connection, stdout=connection)

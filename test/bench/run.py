@@ -29,7 +29,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-Samples = dict[str, dict[str, list[float]]]  # operation, peer
+Samples = dict[str, dict[str, list[float | None]]]  # operation, peer; None: it cannot do that
+Medians = dict[str, dict[str, float]]  # without those who cannot
 
 #: Issue 2, "Speed at this stage": of sshfs uncached, for qtfs without caches.
 JUDGED = (p.QTFS_UNIX, p.QTFS_TCP)
@@ -57,8 +58,9 @@ def measure(places: dict[str, Place], operations: Sequence[Operation], rounds: i
     return samples
 
 
-def medians(samples: Samples) -> dict[str, dict[str, float]]:
-    return {op: {name: statistics.median(values) for name, values in by.items()} for op, by in samples.items()}
+def medians(samples: Samples) -> Medians:
+    known = {op: {name: [v for v in vs if v is not None] for name, vs in by.items()} for op, by in samples.items()}
+    return {op: {name: statistics.median(vs) for name, vs in by.items() if vs} for op, by in known.items()}
 
 
 # -------------------------------------------------------------------------------------------------------------- report
@@ -89,11 +91,13 @@ def describe_machine(area: Path) -> Machine:
                    "DEBUG" if debug else "release", os.getloadavg()[0])
 
 
-def _number(value: float) -> str:
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
 
-def figures_table(result: dict[str, dict[str, float]], names: Sequence[str]) -> Table:
+def figures_table(result: Medians, names: Sequence[str]) -> Table:
     table = Table(title="medians: µs per operation (less is better), MB/s and operations/s (more is better)")
     table.add_column("operation")
     table.add_column("unit")
@@ -101,11 +105,11 @@ def figures_table(result: dict[str, dict[str, float]], names: Sequence[str]) -> 
         table.add_column(name, justify="right", min_width=max(map(len, name.split())))
     for op in OPERATIONS:
         if op.name in result:
-            table.add_row(op.name, op.unit, *(_number(result[op.name][name]) for name in names))
+            table.add_row(op.name, op.unit, *(_number(result[op.name].get(name)) for name in names))
     return table
 
 
-def ratios_table(result: dict[str, dict[str, float]], names: Sequence[str], reference: str) -> Table:
+def ratios_table(result: Medians, names: Sequence[str], reference: str) -> Table:
     """Each peer's figure over that of the reference."""
     others = [name for name in names if name.startswith("qtfs")]
     table = Table(title=f"ratios to {reference} (of µs: less is better; of a rate: more is better)")
@@ -115,7 +119,7 @@ def ratios_table(result: dict[str, dict[str, float]], names: Sequence[str], refe
     for op in OPERATIONS:
         if op.name in result:
             by = result[op.name]
-            table.add_row(op.name, *(_verdict(op, name, by[name] / by[reference], reference) for name in others))
+            table.add_row(op.name, *(_verdict(op, name, by, reference) for name in others))
     return table
 
 
@@ -130,23 +134,26 @@ def _meets(op: Operation, ratio: float) -> bool:
     return ratio <= _limit(op) if op.is_latency else ratio >= _limit(op)
 
 
-def _verdict(op: Operation, name: str, ratio: float, reference: str) -> str:
+def _verdict(op: Operation, name: str, by: dict[str, float], reference: str) -> str:
+    if name not in by or reference not in by:
+        return "-"
+    ratio = by[name] / by[reference]
     text = f"{ratio:.2f}"
-    if name not in JUDGED or reference != p.SSHFS_UNCACHED:
+    if name not in JUDGED or reference != p.SSHFS_UNCACHED or not op.has_target:
         return text
     return f"[green]{text}[/]" if _meets(op, ratio) else f"[red]{text}, not {_limit(op):.2g}[/]"
 
 
-def misses(result: dict[str, dict[str, float]]) -> Iterator[str]:
+def misses(result: Medians) -> Iterator[str]:
     """What is not as fast as it has to be, beside sshfs."""
-    for op in OPERATIONS:
+    for op in filter(lambda op: op.has_target, OPERATIONS):
         by = result.get(op.name, {})
         for name in JUDGED:
             if name in by and p.SSHFS_UNCACHED in by and not _meets(op, by[name] / by[p.SSHFS_UNCACHED]):
                 yield f"{op.name}, {name}: {by[name] / by[p.SSHFS_UNCACHED]:.2f} of sshfs, not {_limit(op):.2g}"
 
 
-def report(console: Console, result: dict[str, dict[str, float]], names: Sequence[str]) -> list[str]:
+def report(console: Console, result: Medians, names: Sequence[str]) -> list[str]:
     """Print it all; what was missed."""
     console.print(figures_table(result, names))
     for reference in (p.SSHFS_UNCACHED, p.PASSTHROUGH):

@@ -88,13 +88,17 @@ class Session:
         *,
         slots: int = 4,
         read_only: bool = False,
+        watch: bool = False,
+        let_go: bool = False,
         key: bytes | None = None,
         who: Who = ADMIN,
     ) -> None:
         self.address = parse_address(address) if isinstance(address, str) else address
         self.engine = Engine(self.address, key, REPLY_TIMEOUT_S)
         self.who = who
-        connection, self.ticket = self.engine.mount(os.fspath(source), read_only=read_only, slots=slots)
+        connection, self.ticket = self.engine.mount(
+            os.fspath(source), read_only=read_only, slots=slots, watch=watch, let_go=let_go
+        )
         self.slots: dict[int, Slot] = {0: Slot(0, connection)}
         self._event: EventChannel | None = None
         self._seen = 0

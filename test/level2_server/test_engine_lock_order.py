@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import random
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -286,3 +288,44 @@ def test_nothing_is_kept_of_those_who_are_gone(engine: EngineProcess, share: Pat
             assert opened.lock(UNLOCK, owner=owner) == 0
         assert engine.descriptors() < before + 120
     wait_until(lambda: engine.descriptors() == before, "the engine to close everything")
+
+
+# ---- all at once
+
+
+def _storm(engine: EngineProcess, share: Path, seed: int) -> None:
+    """One session's random locks, waits, cancellations and lost channels; it ends with waits still there."""
+    chance = random.Random(seed)
+    with Session(engine.address, share) as session:
+        party = Party(session, 1)
+        for tag in range(1, 300):
+            file, owner = party.files[chance.choice(FILES)], chance.randrange(4)
+            start = chance.randrange(8)
+            span = (start, start + chance.randrange(4))
+            flags = chance.choice([0, 0, 0, FLOCK])
+            match chance.randrange(8):
+                case 0 | 1:
+                    file.wait(chance.choice([READ, WRITE]), tag, *span, owner=owner, flags=flags)
+                case 2 | 3:
+                    file.lock(chance.choice([READ, WRITE]), *span, owner=owner, flags=flags)
+                case 4 | 5:
+                    file.lock(UNLOCK, *span, owner=owner, flags=flags)
+                case 6:
+                    session.flush(file.handle, owner)
+                    session.event().send("CANCEL", tag=chance.randrange(1, tag + 1))
+                case 7 if tag % 10 == 0:
+                    session.lose_event()
+
+
+def test_a_storm_leaves_nothing(engine: EngineProcess, share: Path) -> None:
+    """No answer is missed by those who still wait then, no lock stays; the fixture looks for what is left."""
+    for name in FILES:
+        (share / name).touch()
+    with ThreadPoolExecutor(6) as pool:
+        for storm in [pool.submit(_storm, engine, share, seed) for seed in range(24)]:
+            storm.result(60)
+    wait_until(engine.is_idle, "the engine to let everything go")
+    for name in FILES:
+        with (share / name).open("r+b") as local:
+            fcntl.lockf(local, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(local, fcntl.LOCK_EX | fcntl.LOCK_NB)

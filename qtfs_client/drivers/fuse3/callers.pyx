@@ -4,7 +4,7 @@ The caller sleeps in the very request that is being translated, so what is read 
 `pid` is the thread's id, in the pid namespace of the mount; 0 where the caller is outside of that.
 """
 from libc.stdint cimport uint32_t, uint64_t
-from libc.string cimport strlen
+from libc.string cimport strcmp, strlen
 
 from qtfs_client.includes.linux cimport O_ACCMODE, O_CLOEXEC, O_PATH, O_RDONLY, O_RDWR, O_WRONLY, R_OK, W_OK, close, open, \
     openat, read, snprintf, strstr, strtoul, strtoull
@@ -89,6 +89,38 @@ cdef int caller_groups(uint32_t pid, uint32_t *groups, int room) noexcept nogil:
         at = end
         count += 1
     return count
+
+
+cdef uint32_t caller_process(uint32_t pid) noexcept nogil:
+    """The process that a thread belongs to; 0 if it cannot be seen."""
+    cdef char text[STATUS_BYTES]
+    cdef char *at
+    if pid == 0 or not _read_status(pid, text):
+        return 0
+    at = strstr(text, "\nTgid:")
+    return 0 if at == NULL else <uint32_t>strtoul(at + strlen("\nTgid:"), NULL, 10)
+
+
+cdef bint process_is_called(uint64_t pid, const char *names) noexcept nogil:
+    """Whether a process of this machine has one of the names, each with its NUL, an empty one at the end: proc_pid_comm(5)."""
+    cdef char path[40]
+    cdef char text[64]
+    cdef ssize_t got
+    cdef int fd
+    snprintf(path, sizeof(path), "%llu/comm", <unsigned long long>pid)
+    fd = openat(_proc, path, O_RDONLY | O_CLOEXEC)
+    if fd < 0:
+        return False
+    got = read(fd, text, sizeof(text) - 1)
+    close(fd)
+    if got <= 1:
+        return False
+    text[got - 1] = 0                   # the line feed
+    while names[0]:
+        if strcmp(names, text) == 0:
+            return True
+        names += strlen(names) + 1
+    return False
 
 
 cdef bint _read_call(uint32_t pid, unsigned long *call) noexcept nogil:

@@ -13,6 +13,7 @@ from qtfs_client.drivers.fuse3.interrupts cimport interrupt
 from qtfs_client.drivers.fuse3.replies cimport is_fifo_or_device, note_undo, queue_forget, reply_handler
 from qtfs_client.drivers.fuse3.requests cimport build_forgets, build_special_access, build_undo_release, \
     request_builder
+from qtfs_client.drivers.fuse3.special cimport serve_special
 from qtfs_client.drivers.fuse3.state cimport BY_HANDLE, CACHE_NONE, ENOSYS_MEANT, MAKES_ENTRIES, MAKES_ENTRY, \
     MAKES_HANDLE, MUST_ARRIVE, REPEATABLE, mount_state, operation_row, server, worker
 from qtfs_client.drivers.fuse3.waits cimport wait_for_server
@@ -444,5 +445,5 @@ cdef void serve(worker *w) noexcept nogil:
         reply_error(w, EINVAL)
     elif _is_denied(w):
         reply_error(w, EACCES)
-    else:
+    elif w.mount.rules == NULL or not serve_special(w):
         w.row.serve(w)

@@ -12,14 +12,14 @@ from qtfs_client.drivers.fuse3.device cimport write_reply
 from qtfs_client.drivers.fuse3.exchange cimport drain, lose, stop
 from qtfs_client.drivers.fuse3.interrupts cimport answer_pending_locked, interrupt
 from qtfs_client.drivers.fuse3.replies cimport queue_forget
-from qtfs_client.drivers.fuse3.state cimport BUFFER_BYTES, LINK_READY, LINK_UP, PENDING_BYTES, PENDING_REQUESTS, \
-    mount_state, pending_request
+from qtfs_client.drivers.fuse3.state cimport BUFFER_BYTES, LINK_READY, LINK_UP, MAX_CHANGES, PENDING_BYTES, \
+    PENDING_REQUESTS, mount_change, mount_state, pending_request
 from qtfs_client.drivers.fuse3.waits cimport ask_again, next_wait_message, see_to_waits_locked, take_wait_reply
 from qtfs_client.includes.fuse_abi cimport FUSE_BATCH_FORGET, FUSE_FORGET, FUSE_INTERRUPT, FUSE_NOTIFY_POLL, \
     fuse_batch_forget_in, fuse_forget_in, fuse_in_header, fuse_interrupt_in
-from qtfs_client.includes.linux cimport POLLIN, add_int, load_int, load_u64, poll, pollfd, pthread_mutex_lock, \
+from qtfs_client.includes.linux cimport POLLIN, add_int, eventfd_write, load_int, load_u64, poll, pollfd, pthread_mutex_lock, \
     pthread_mutex_unlock, read, store_i64, store_int
-from qtfs_common.protocol cimport EVENT_SLOT, MESSAGE_REPLY, OP_CANCEL, OP_PING, OP_READY, header
+from qtfs_common.protocol cimport EVENT_SLOT, MESSAGE_REPLY, OP_CANCEL, OP_MOUNTS_CHANGED, OP_PING, OP_READY, header
 from qtfs_common.transport cimport WAIT_READABLE, WAIT_WRITABLE, message, now_us
 
 cdef extern from "<sys/epoll.h>" nogil:
@@ -129,6 +129,29 @@ cdef bint _is_news(mount_state *m, const message *got) noexcept nogil:
     return True
 
 
+cdef void _note_mounts(mount_state *m, const message *got) noexcept nogil:
+    """Keep a MOUNTS_CHANGED (NULL: there may have been some) for whoever follows the server's mounts.
+
+    Without room the names expire by themselves.
+    """
+    cdef size_t size = got.body_bytes if got != NULL else 0
+    cdef mount_change *change = NULL
+    if m.change_count < MAX_CHANGES:
+        change = <mount_change *>malloc(sizeof(mount_change) + size)
+    if change == NULL:
+        return
+    change.next = NULL
+    change.size = size
+    if size > 0:
+        memcpy(change + 1, got.body, size)
+    pthread_mutex_lock(&m.guard)
+    m.changes_end[0] = change
+    m.changes_end = &change.next
+    m.change_count += 1
+    pthread_mutex_unlock(&m.guard)
+    eventfd_write(m.changes_fd, 1)
+
+
 cdef bint _take_message(mount_state *m, const message *got) noexcept nogil:
     """False: it has no place here."""
     cdef bint is_reply = got.head.flags & MESSAGE_REPLY
@@ -138,7 +161,9 @@ cdef bint _take_message(mount_state *m, const message *got) noexcept nogil:
         take_wait_reply(m, got)
     elif got.head.op == OP_READY:
         _notify_pollers(m, got.head.tag)
-    return is_reply or got.head.op == OP_READY
+    elif got.head.op == OP_MOUNTS_CHANGED:
+        _note_mounts(m, got)
+    return is_reply or got.head.op in (OP_READY, OP_MOUNTS_CHANGED)
 
 
 cdef void _receive(mount_state *m, int64_t now) noexcept nogil:
@@ -171,6 +196,7 @@ cdef void _take_fresh(mount_state *m, int64_t now) noexcept nogil:
     store_int(&m.event.link, LINK_UP)
     m.unanswered_us = 0
     store_i64(&m.heard_us, now)
+    _note_mounts(m, NULL)
     ask_again(m, same_session)
     if not same_session:
         _greet_new_session(m)

@@ -8,6 +8,7 @@ from libc.stdlib cimport free
 
 from qtfs_client.drivers.fuse3.callers cimport caught_signal_pending, fatal_signal_pending
 from qtfs_client.drivers.fuse3.device cimport write_reply
+from qtfs_client.drivers.fuse3.special cimport interrupt_special
 from qtfs_client.drivers.fuse3.state cimport mount_state, pending_request, waiting, worker
 from qtfs_client.includes.fuse_abi cimport FUSE_FLUSH, FUSE_RELEASE, FUSE_RELEASEDIR, fuse_in_header
 from qtfs_client.includes.linux cimport eventfd_write, load_i64, load_int, load_u64, pthread_mutex_lock, \
@@ -63,6 +64,7 @@ cdef void interrupt(mount_state *m, int device, uint64_t unique, uint64_t target
     pthread_mutex_lock(&m.guard)
     found = _in_a_worker(m, target) or _waiting(m, target) or _set_aside(m, target)
     pthread_mutex_unlock(&m.guard)
+    found = found or m.rules != NULL and interrupt_special(m, target)
     if not found and write_reply(m.device, unique, -EAGAIN, NULL, 0, NULL, 0) < 0 and m.triage_device >= 0:
         write_reply(m.triage_device, unique, -EAGAIN, NULL, 0, NULL, 0)
 

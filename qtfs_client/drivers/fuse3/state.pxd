@@ -25,6 +25,7 @@ cdef enum:
     PENDING_REQUESTS = 4096         # set aside while all workers are busy
     PENDING_BYTES = 64 << 20
     FORGETS_AT_ONCE = 2048          # in one FORGET message
+    MAX_CHANGES = 1024              # MOUNTS_CHANGED kept; what comes beyond them would wait for the same
     MAX_FORGETS = 1 << 20           # kept for sending; more are dropped, and the server's LRU has to do
 
 cdef enum cache_mode:
@@ -72,6 +73,14 @@ cdef struct operation_row:          # one FUSE opcode
     uint32_t reply_bytes            # of the server's reply, where it is fixed
     uint32_t flags
 
+cdef struct detour:                 # worker.detour: a request that special rules have a part in, see special.pyx
+    operation_row row               # the opcode's own but for what is put in place of these two
+    server serve
+    replier answer
+    uint32_t vertex                 # of the directory listed, or of the name looked up
+    bint read_only
+    bint again                      # the reply held nothing but hidden names
+
 cdef struct worker:
     mount_state *mount
     uint32_t slot
@@ -86,6 +95,7 @@ cdef struct worker:
     size_t argument_bytes
     int device                      # the descriptor it was read from, which takes the reply
     const operation_row *row
+    detour detour
     uint64_t current                # atomic: its unique while an INTERRUPT can find it here, else 0
     uint64_t interrupted            # atomic: the unique that an INTERRUPT named last
     int64_t give_up_us              # when an interrupted request is answered EINTR; 0: not interrupted
@@ -140,6 +150,10 @@ cdef struct waiting:                # a request that the server answers on the e
     bint undoing                    # the message does that; its reply ends the matter
     int64_t since_us
 
+cdef struct mount_change:           # a MOUNTS_CHANGED; its body follows
+    mount_change *next
+    size_t size
+
 cdef struct mount_state:
     # fixed once the mount serves
     int device                      # /dev/fuse
@@ -156,9 +170,11 @@ cdef struct mount_state:
     int64_t spin_us
     int32_t cpus
     int32_t neighbour               # 1: the engine runs on this machine
+    void *rules                     # special_state of special.pxd; NULL: no rule is about anything below the source
     int loadavg_fd
     int event_fd                    # wakes the event thread
     int manager_fd                  # wakes the manager
+    int changes_fd                  # wakes whoever follows the server's mounts
     # atomic
     int32_t stopping
     int32_t down                    # the server could not be reached for timeout_us: fail at once
@@ -186,6 +202,9 @@ cdef struct mount_state:
     size_t forget_count             # atomic too, as a hint
     size_t forget_room
     waiting *waits
+    mount_change *changes           # not looked at yet, the oldest first
+    mount_change **changes_end
+    size_t change_count
     # the event thread's own
     line event
     uint64_t event_seen             # number of the last message of the session that was taken from the event channel

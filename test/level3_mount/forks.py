@@ -97,6 +97,16 @@ def children(*functions: Callable[[], Any]) -> Iterator[list[Child]]:
             child.end()
 
 
+def has_reader(path: str | os.PathLike[str]) -> bool:
+    """Whether anybody has a FIFO open for reading."""
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
+    except OSError as error:
+        assert error.errno == errno.ENXIO
+        return False
+    return True
+
+
 def catch(number: int = signal.SIGUSR1) -> None:
     """A handler that does nothing, and system calls that are not restarted after it."""
     signal.signal(number, lambda signum, frame: None)

@@ -1,4 +1,4 @@
-"""Devices and pseudo files of the server through mounts of /dev, /proc and cgroups; what special=local makes of FIFOs."""
+"""Devices and pseudo files of the server through mounts of /dev, /proc and cgroups; FIFOs with special=local."""
 
 from __future__ import annotations
 
@@ -265,20 +265,16 @@ def test_pressure_triggers(proc: Path) -> None:
         pytest.skip(f"no PSI: {error}")
     fd = os.open(proc / "pressure/cpu", os.O_RDWR | os.O_NONBLOCK)
     assert outcome(os.write, fd, b"nonsense") == "EINVAL"
-    os.write(fd, b"some 1000 1000000\0")
-    assert outcome(os.write, fd, b"some 1000 1000000\0") == "EBUSY", "one trigger for each open file"
+    os.write(fd, b"some 1000 2000000\0")
+    assert outcome(os.write, fd, b"some 1000 2000000\0") == "EBUSY", "one trigger for each open file"
 
-    def stall() -> None:
-        busy = [subprocess.Popen(["timeout", "3", "sh", "-c", "while :; do :; done"]) for _ in range(os.cpu_count() or 1)]
-        busy += [subprocess.Popen(["timeout", "3", "sh", "-c", "while :; do :; done"]) for _ in range(os.cpu_count() or 1)]
-        stalls.extend(busy)
-
-    stalls: list[subprocess.Popen[bytes]] = []
     poll = select.poll()
     poll.register(fd, select.POLLPRI)
-    stall()
+    busy = [
+        subprocess.Popen(["timeout", "5", "sh", "-c", "while :; do :; done"]) for _ in range(2 * (os.cpu_count() or 1))
+    ]
     assert poll.poll(10_000) == [(fd, select.POLLPRI)]
-    for process in stalls:
+    for process in busy:
         process.terminate()
         process.wait()
     os.close(fd)

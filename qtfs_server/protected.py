@@ -2,8 +2,8 @@
 
 They are named within their file system, so that it does not matter where that is mounted: a container's own /proc below
 an exported directory is no way round. A line of the whitelist that names such a path or one below it opens it again for
-its type, as does a rule `remote` of special.toml. The model is what runc and Docker mask or make read-only in containers;
-what a management plane writes every day (the rest of /proc/sys, cgroups, drivers' bind and new_id) stays as it is.
+its type, as does a rule `remote` of special.toml. The model is what runc and Docker mask or make read-only in
+containers; what a management plane writes every day (the rest of /proc/sys, cgroups, drivers' bind and new_id) stays.
 """
 
 from __future__ import annotations

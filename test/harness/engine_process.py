@@ -68,7 +68,10 @@ class EngineProcess:
         plain: bool = False,
         special: str = "",
     ) -> None:
-        """`special`: the text of special.toml; `plain`: the very command, without the socket that tells its figures; `limits`: options of prlimit(1)."""
+        """`special`: the text of special.toml; `limits`: options of prlimit(1).
+
+        `plain`: the very command, without the socket that tells its figures.
+        """
         self.area = area
         self.share = area / "share"
         self.share.mkdir(parents=True, exist_ok=True)

@@ -101,7 +101,7 @@ cdef int device_index(session *s, int fd, const statx_t *st, uint32_t *out) noex
         return 0
     memset(&fs, 0, sizeof(fs))
     fstatfs(fd, &fs)
-    shield = shield_of(fs.f_type, st.stx_mnt_id, fd)
+    shield = shield_of(fs.f_type, fd)
     pthread_mutex_lock(&s.guard)
     error = _add_device_locked(s, st, fs.f_type, shield, out)
     pthread_mutex_unlock(&s.guard)

@@ -14,7 +14,6 @@ from libc.stdlib cimport calloc
 from libc.string cimport strchr, strlen
 
 from qtfs_common.tries cimport trie, trie_child, trie_new
-from qtfs_server.descriptors cimport fd_path
 from qtfs_server.includes.linux cimport atomic_add_int, atomic_add_u64, atomic_load_int, atomic_load_pointer, \
     atomic_store_pointer, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock
 
@@ -41,7 +40,6 @@ cdef enum:
         ALLOW_SETXATTR
     ANYTHING = (1 << 12) - 1 | ALLOW_CHANGE | ALLOW_LOOK
     MOVES = ALLOW_RENAME | ALLOW_RMDIR
-    PATH_ROOM = 4096
 
 cdef struct vertex:                 # of the first trie
     uint16_t allowed
@@ -282,21 +280,18 @@ cdef uint16_t _shield_at(uint32_t top, bytes path) noexcept:
     return where.shield
 
 
-cdef uint16_t shield_of(int64_t f_type, uint64_t mount_id, int fd) noexcept nogil:
+cdef uint16_t shield_of(int64_t f_type, int fd) noexcept nogil:
     """Where an open file, which a session meets a mount by, stands among the protections: OFF_TRIE on most file systems."""
-    cdef char path[PATH_ROOM]
     cdef uint32_t top
     with gil:
         name = _file_system_name(f_type)
         top = trie_child(_shields, 0, <const uint8_t *><const char *>name, len(name))
         if top == 0:
             return OFF_TRIE
-        if fd_path(fd, path, sizeof(path)) <= 0:
-            return <uint16_t>top
         try:
-            return _shield_at(top, protected.path_inside(mount_id, <bytes><char *>path))
+            return _shield_at(top, protected.path_inside(fd))
         except OSError as error:
-            log.error("mount %d cannot be looked up, its root is taken for that of the file system: %s", mount_id, error)
+            log.error("a mount cannot be looked up, its root is taken for that of the file system: %s", error)
             return <uint16_t>top
 
 

@@ -109,10 +109,16 @@ def _mounted(mount_id: int) -> _Mounted | None:
     return None
 
 
-def path_inside(mount_id: int, path: bytes) -> bytes:
-    """The path, within its file system, of what the server knows as `path`."""
-    mounted = _mounted(mount_id)
+def _mount_number(fd: int) -> int:
+    """The number of the mount that an open file lies on, as mountinfo has it: proc_pid_fdinfo(5)."""
+    with open(f"/proc/self/fdinfo/{fd}", "rb") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(b"mnt_id:"))
+
+
+def path_inside(fd: int) -> bytes:
+    """The path of an open file within its file system. Raises OSError."""
+    mounted = _mounted(_mount_number(fd))
     if mounted is None:
         return b"/"
-    below = os.path.relpath(path, mounted.point)
+    below = os.path.relpath(os.readlink(os.fsencode(f"/proc/self/fd/{fd}")), mounted.point)
     return os.path.normpath(os.path.join(mounted.root, b"" if below.startswith(b"..") else below))

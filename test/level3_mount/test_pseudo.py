@@ -239,6 +239,16 @@ def test_a_process_that_ends_in_the_middle(proc: Path) -> None:
             os.close(fd)
 
 
+def test_a_name_that_comes_is_there_at_once(engine: EngineProcess, tmp_path: Path) -> None:
+    """Though it was not there before; even where nothing is asked twice that could be remembered."""
+    top = hierarchy("cgroup2", "cgroup.procs")
+    with _mounted(engine, tmp_path / "mnt", "always", str(top)).running() as mount:
+        assert outcome(os.stat, mount.point / f"qtfs-test-{os.getpid()}") == "ENOENT"
+        with cgroup(top) as name:
+            assert os.path.isdir(mount.point / name)
+        assert outcome(os.stat, mount.point / name) == "ENOENT"
+
+
 def test_a_number_that_is_used_again(proc: Path) -> None:
     """The names of the process that has it now, not of the one before."""
     for _ in range(20):

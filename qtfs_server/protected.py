@@ -57,7 +57,6 @@ PROTECTED: dict[int, dict[str, tuple[bytes, ...]]] = {
             b"/sys/kernel/perf_event_paranoid",
             b"/sys/kernel/unprivileged_bpf_disabled",
             b"/sys/kernel/yama",
-            b"/sys/kernel/keys",
             b"/sys/fs/suid_dumpable",
             b"/sys/fs/protected_hardlinks",
             b"/sys/fs/protected_symlinks",

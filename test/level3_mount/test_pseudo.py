@@ -127,6 +127,24 @@ def test_a_walk_of_all_of_proc_while_processes_come_and_go(proc: Path) -> None:
     assert len(looked.stdout.splitlines()) > 1000
 
 
+def lost_and_invented(look: Callable[[str], set[bytes]], here: str, there: Path) -> tuple[set[bytes], set[bytes]]:
+    """What a look through the mount lacks of what two looks around it found, and what it has that neither found.
+
+    Something may come and go, or go and come, in between: the best of some attempts counts.
+    """
+    best: tuple[set[bytes], set[bytes]] | None = None
+    for _ in range(5):
+        before, found, after = look(here), look(str(there)), look(here)
+        assert before & after, "there is something to compare"
+        differences = (before & after) - found, found - (before | after)
+        if best is None or len(differences[0]) + len(differences[1]) < len(best[0]) + len(best[1]):
+            best = differences
+        if best == (set(), set()):
+            break
+    assert best is not None
+    return best
+
+
 @pytest.mark.slow
 def test_a_walk_of_all_of_sys_finds_what_is_there(sys_: Path) -> None:
     """cgroups and slabs change while we look; so do devices, but not often."""
@@ -138,11 +156,8 @@ def test_a_walk_of_all_of_sys_finds_what_is_there(sys_: Path) -> None:
         assert not complaints(done)
         return set(done.stdout.splitlines())
 
-    before = names("/sys")
-    found = names(str(sys_))
-    after = names("/sys")
-    assert before & after <= found <= before | after
-    assert len(found) > 1000
+    assert lost_and_invented(names, "/sys", sys_) == (set(), set())
+    assert len(names(str(sys_))) > 1000
 
 
 def test_names_at_the_top_are_the_servers(proc: Path) -> None:
@@ -164,25 +179,25 @@ def test_a_processs_own_directory(proc: Path) -> None:
             assert os.readlink(there / name) == os.readlink(here / name), name
 
 
+def grep(top: str) -> Callable[[str], set[bytes]]:
+    """All lines of all files below a directory of some /proc or /sys, with the files' names in it."""
+
+    def look(base: str) -> set[bytes]:
+        done = run("grep", "-rsa", "", f"{base}/{top}")
+        return {line.removeprefix(base.encode()) for line in done.stdout.splitlines()}
+
+    return look
+
+
 @pytest.mark.parametrize("top", ["sys/kernel", "sys/net/core", "sys/vm", "bus", "tty"])
 def test_grep_over_a_part_of_proc(proc: Path, top: str) -> None:
     """All that reads the same twice reads so through the mount."""
-    before, there, after = (_grep(base, top) for base in ("/proc", str(proc), "/proc"))
-    stable = {line for line in before if line in after}
-    assert stable <= there
-    assert stable or not before
-
-
-def _grep(base: str, top: str) -> set[bytes]:
-    done = run("grep", "-rsa", "", f"{base}/{top}")
-    return {line.removeprefix(base.encode()) for line in done.stdout.splitlines()}
+    assert lost_and_invented(grep(top), "/proc", proc)[0] == set()
 
 
 @pytest.mark.parametrize("top", ["class/net/lo/", "devices/system/cpu", "module", "kernel/mm", "bus"])
 def test_grep_over_a_part_of_sys(sys_: Path, top: str) -> None:
-    before, there, after = (_grep(base, top) for base in ("/sys", str(sys_), "/sys"))
-    assert {line for line in before if line in after} <= there
-    assert before
+    assert lost_and_invented(grep(top), "/sys", sys_)[0] == set()
 
 
 STABLE = ("version", "cmdline", "filesystems", "devices", "modules", "config.gz", "1/mounts", "1/mountinfo", "cgroups")

@@ -216,6 +216,24 @@ def test_whole_file_systems_are_read_only(ruled: EngineProcess, share: Path, kin
 
 
 @pytest.mark.root
+def test_protections_outlive_descriptors(tmp_path: Path) -> None:
+    """Nodes that were put aside and opened again are protected as before."""
+    rules = everything_on("/proc")
+    with EngineProcess(tmp_path, rules=rules, limits=("--nofile=160:160",)).running() as engine:
+        with Session(engine.address, "/proc") as session:
+            protected_node = session.walk("sys/kernel/core_pattern").node
+            directory = session.walk(str(os.getpid())).node
+            kernel = session.walk("sys/kernel").node
+            others = [session.lookup(kernel, os.fsencode(name)).node for name in sorted(os.listdir("/proc/sys/kernel"))]
+            others += [session.walk(f"sys/vm/{name}").node for name in sorted(os.listdir("/proc/sys/vm"))]
+            assert len(others) > 130 and engine.descriptors() < 160
+            for _ in range(2):
+                assert refusal(session.open, protected_node, os.O_WRONLY) == errno.EROFS
+                assert refusal(session.lookup, directory, b"mem") == errno.ENOENT
+                engine.reload(rules)
+
+
+@pytest.mark.root
 def test_the_release_agent_of_cgroups_is_read_only(ruled: EngineProcess, share: Path) -> None:
     with mounted(share / "cgroup", "-t", "cgroup", "-o", "none,name=qtfs-test", "cgroup"):
         (share / "cgroup/made").mkdir()

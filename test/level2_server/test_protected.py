@@ -219,18 +219,20 @@ def test_whole_file_systems_are_read_only(ruled: EngineProcess, share: Path, kin
 def test_protections_outlive_descriptors(tmp_path: Path) -> None:
     """Nodes that were put aside and opened again are protected as before."""
     rules = everything_on("/proc")
-    with EngineProcess(tmp_path, rules=rules, limits=("--nofile=160:160",)).running() as engine:
-        with Session(engine.address, "/proc") as session:
-            protected_node = session.walk("sys/kernel/core_pattern").node
-            directory = session.walk(str(os.getpid())).node
-            kernel = session.walk("sys/kernel").node
-            others = [session.lookup(kernel, os.fsencode(name)).node for name in sorted(os.listdir("/proc/sys/kernel"))]
-            others += [session.walk(f"sys/vm/{name}").node for name in sorted(os.listdir("/proc/sys/vm"))]
-            assert len(others) > 130 and engine.descriptors() < 160
-            for _ in range(2):
-                assert refusal(session.open, protected_node, os.O_WRONLY) == errno.EROFS
-                assert refusal(session.lookup, directory, b"mem") == errno.ENOENT
-                engine.reload(rules)
+    limited = EngineProcess(tmp_path, rules=rules, limits=("--nofile=160:160",))
+    with limited.running() as engine, Session(engine.address, "/proc") as session:
+        protected_node = session.walk("sys/kernel/core_pattern").node
+        directory = session.walk(str(os.getpid())).node
+        others = [
+            session.walk(f"sys/{part}/{name}").node
+            for part in ("kernel", "vm")
+            for name in sorted(os.listdir(f"/proc/sys/{part}"))
+        ]
+        assert len(others) > 130 and engine.descriptors() < 160
+        for _ in range(2):
+            assert refusal(session.open, protected_node, os.O_WRONLY) == errno.EROFS
+            assert refusal(session.lookup, directory, b"mem") == errno.ENOENT
+            engine.reload(rules)
 
 
 @pytest.mark.root

@@ -1,6 +1,7 @@
 """The engine: listens, runs the worker threads, obeys signals.
 
-SIGHUP reads the whitelist and the special rules again, SIGTERM and SIGINT let the workers finish what they execute and end the process.
+SIGHUP reads the whitelist and the special rules again, SIGTERM and SIGINT let the workers finish what they execute and
+end the process.
 """
 
 from __future__ import annotations

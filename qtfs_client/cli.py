@@ -17,6 +17,7 @@ from qtfs_client.drivers import Driver, MountError, choose
 from qtfs_client.mountpoint import check_mountpoint, wait_for_answer
 from qtfs_client.options import MountExit, MountOptions, OptionError, parse_command_line
 from qtfs_common import auth, logs
+from qtfs_common.config import MAX_CONNECTIONS
 from qtfs_common.errors import AddressError, ConfigError, QtfsError
 
 log = logging.getLogger(__name__)
@@ -32,8 +33,12 @@ def _engine(options: MountOptions) -> Engine:
 def _open_driver(options: MountOptions) -> Driver:
     """A session on the engine, in the hands of a driver. Raises QtfsError."""
     driver = choose(options.driver)
+    if options.propagate and not driver.propagates:
+        raise MountError("option 'propagate': the llfuse driver cannot do that")
     engine = _engine(options)
-    connection, ticket = engine.mount(options.source, read_only=options.read_only, slots=options.channels)
+    # To follow the server's mounts takes a slot too.
+    slots = min(options.channels + options.propagate, MAX_CONNECTIONS)
+    connection, ticket = engine.mount(options.source, read_only=options.read_only, slots=slots, watch=True)
     return driver(options, engine, connection, ticket)
 
 

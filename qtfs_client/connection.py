@@ -28,6 +28,8 @@ _ATTACH_REQUEST = struct.Struct("<Q32sII")
 _ATTACH_REPLY = struct.Struct("<Q")
 
 _MOUNT_READ_ONLY = 1
+_MOUNT_WATCH = 2
+_MOUNT_LET_GO = 4
 _MOUNT_FAILURE = 32  # mount(8), section "EXIT STATUS"
 #: Seconds for one exchange of the handshake where the user said "wait for ever".
 _FOR_EVER_S = 1e6
@@ -74,14 +76,18 @@ class Engine:
         """The same engine, asked with another patience; 0 waits for ever."""
         return Engine(self.address, self._key, timeout_s)
 
-    def mount(self, source: str, *, read_only: bool = False, slots: int = 16) -> tuple[Connection, Ticket]:
+    def mount(
+        self, source: str, *, read_only: bool = False, slots: int = 16, watch: bool = False, let_go: bool = False
+    ) -> tuple[Connection, Ticket]:
         """Open a session on a directory of the server; the connection is its slot 0.
 
+        `watch`: its event channel tells when the server's mounts change. `let_go`: the session does not keep the
+        server from unmounting what the directory lies on.
         Raises ConnectError if nobody answers, HandshakeError with the cause if the engine refuses.
         """
         connection = self._connect()
         try:
-            flags = _MOUNT_READ_ONLY if read_only else 0
+            flags = read_only * _MOUNT_READ_ONLY | watch * _MOUNT_WATCH | let_go * _MOUNT_LET_GO
             body = _MOUNT_REQUEST.pack(flags, slots) + os.fsencode(source)
             error, reply = self._exchange(connection, OPERATIONS["MOUNT"], body)
             if error:

@@ -12,7 +12,7 @@ from qtfs_client.options import MountOptions
 
 _TYPE = "fuse.qtfs"
 #: Kept open, for mount.qtfs -N may enter a mount namespace whose /proc knows us by another pid, or not at all.
-_PROC = os.open("/proc", os.O_PATH | os.O_CLOEXEC)
+PROC = os.open("/proc", os.O_PATH | os.O_CLOEXEC)
 _OCTAL = re.compile(r"\\([0-7]{3})")
 
 
@@ -20,6 +20,8 @@ def check_mountpoint(mountpoint: str) -> None:
     """See that a directory can be mounted on; what a dead daemon left there is unmounted first. Raises MountError."""
     try:
         found = os.stat(mountpoint)
+        if _is_ours(mountpoint):
+            os.statvfs(mountpoint)  # attributes may still be cached
     except OSError as error:
         # While its daemon still dies, a mount says ECONNABORTED.
         if error.errno not in (errno.ENOTCONN, errno.ECONNABORTED) or not _is_ours(mountpoint):
@@ -39,7 +41,7 @@ def check_mountpoint(mountpoint: str) -> None:
 def _is_ours(mountpoint: str) -> bool:
     """Whether the topmost mount on a path is a qtfs one: proc_pid_mountinfo(5)."""
     top = ""
-    with open(os.open("self/mountinfo", os.O_RDONLY, dir_fd=_PROC), errors="surrogateescape") as file:
+    with open(os.open("self/mountinfo", os.O_RDONLY, dir_fd=PROC), errors="surrogateescape") as file:
         mounts = file.read().splitlines()
     for line in mounts:
         fields, _, source = line.partition(" - ")

@@ -20,9 +20,11 @@ from qtfs_common import __version__
 from qtfs_common.addresses import DEFAULT_PORT, Address, TcpAddress, VsockAddress, parse_address
 from qtfs_common.config import CLIENT_SCHEMA, DEFAULT_CLIENT_CONFIG, load_config, value_from_text
 from qtfs_common.errors import QtfsError
+from qtfs_common.special import DEFAULT_LOCAL_PROC, DEFAULT_RULES, Rule, load_special, process_rules
 
 DEFAULT_DRIVER = "auto"
 DEFAULT_CACHE = "auto"
+DEFAULT_SPECIAL = "remote"
 DEFAULT_LOG_LEVEL = "WARN"
 #: Seconds without an answer before an operation fails; 0 waits for ever.
 DEFAULT_TIMEOUT_S = 30.0
@@ -56,7 +58,8 @@ class MountOptions:
 
     ``source`` is an absolute, normalised path on the server, ``mountpoint`` a real path here. ``kernel_flags`` are for
     libfuse, ``ro`` excluded, ``suid`` and ``dev`` spelt out since libfuse forbids them otherwise; whoever joins them by
-    commas escapes those inside (SELinux contexts) with a backslash. ``ignored`` are options dropped because of ``-s``.
+    commas escapes those inside (SELinux contexts) with a backslash. ``rules`` are
+    all special rules, of whatever path. ``ignored`` are options dropped because of ``-s``.
     """
 
     source: str
@@ -66,6 +69,7 @@ class MountOptions:
     kernel_flags: tuple[str, ...] = ()
     driver: str = DEFAULT_DRIVER
     cache: str = DEFAULT_CACHE
+    special: str = DEFAULT_SPECIAL
     allow_other: bool = False
     allow_root: bool = False
     timeout_s: float = DEFAULT_TIMEOUT_S
@@ -74,7 +78,9 @@ class MountOptions:
     key_file: str | None = None
     run_dir: str | None = None
     log_level: str = DEFAULT_LOG_LEVEL
+    rules: tuple[Rule, ...] = ()
     foreground: bool = False
+    propagate: bool = False
     fake: bool = False
     verbose: bool = False
     namespace: str | None = None
@@ -121,6 +127,9 @@ _WORDS: Mapping[str, Mapping[str, Any]] = {
     "allow_root": {"allow_other": False, "allow_root": True},
     "noallow_other": {"allow_other": False, "allow_root": False},
     "foreground": {"foreground": True},
+    "proc": {"proc": True},
+    "propagate": {"propagate": True},
+    "nopropagate": {"propagate": False},
 }
 _ESCAPES = ("\\,", "\\\\", '\\"')
 _TOKEN = re.compile(r'"[^"]*"|\\.?|,|[^,\\"]+|"', re.DOTALL)
@@ -143,6 +152,8 @@ class _Words:
     sync: bool = False
     dirsync: bool = False
     foreground: bool = False
+    proc: bool = False
+    propagate: bool = False
     contexts: dict[str, str] = field(default_factory=dict)
 
     def kernel_flags(self, privileged: bool) -> tuple[str, ...]:
@@ -296,6 +307,8 @@ Layers = tuple[Mapping[str, Any], Mapping[str, Any]]
 
 def _assemble(command: argparse.Namespace, parsed: _Parsed, layers: Layers, privileged: bool) -> MountOptions:
     words = parsed.words
+    if words.propagate and not privileged:
+        raise OptionError("option 'propagate': only root can mount what the server mounts")
     return MountOptions(
         source=_check_source(command.source),
         mountpoint=_check_mountpoint(command.mountpoint),
@@ -304,6 +317,7 @@ def _assemble(command: argparse.Namespace, parsed: _Parsed, layers: Layers, priv
         kernel_flags=words.kernel_flags(privileged),
         driver=_pick(layers, DEFAULT_DRIVER, "driver"),
         cache=_pick(layers, DEFAULT_CACHE, "cache"),
+        special=_pick(layers, DEFAULT_SPECIAL, "special"),
         allow_other=words.allow_other,
         allow_root=words.allow_root,
         timeout_s=_pick(layers, DEFAULT_TIMEOUT_S, "timeout"),
@@ -312,7 +326,9 @@ def _assemble(command: argparse.Namespace, parsed: _Parsed, layers: Layers, priv
         key_file=_pick(layers, None, "key_file"),
         run_dir=_pick(layers, None, "run_dir"),
         log_level=_pick(layers, DEFAULT_LOG_LEVEL, "log_level", "qtfs_log_level"),
+        rules=_rules(words.proc, layers),
         foreground=words.foreground,
+        propagate=words.propagate,
         fake=command.fake,
         verbose=command.verbose,
         namespace=command.namespace,
@@ -323,6 +339,13 @@ def _assemble(command: argparse.Namespace, parsed: _Parsed, layers: Layers, priv
 def _pick(layers: Layers, default: Any, *names: str) -> Any:
     """The first of ``names`` in the first layer that has any; ours precede the original's names."""
     return next((layer[name] for layer in layers for name in names if name in layer), default)
+
+
+def _rules(proc: bool, layers: Layers) -> tuple[Rule, ...]:
+    """The shipped rules, if asked for, and then those of the user, who has the last word."""
+    file = _pick(layers, None, "special_rules")
+    shipped = process_rules(_pick(layers, DEFAULT_LOCAL_PROC, "local_proc").rstrip("/")) if proc else ()
+    return (*shipped, *load_special(file or DEFAULT_RULES, required=file is not None))
 
 
 def _server(layers: Layers) -> Address:

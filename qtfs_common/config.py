@@ -23,6 +23,7 @@ DEFAULT_CLIENT_CONFIG = "/etc/qtfs/client.toml"
 LOG_LEVELS = ("NONE", "ERROR", "WARN", "INFO", "DEBUG")
 DRIVERS = ("fuse3", "llfuse", "auto")
 CACHES = ("none", "auto", "always")
+SPECIALS = ("remote", "local")
 MAX_CONNECTIONS = 64
 MAX_WORKERS = 512
 MAX_ADDRESSES = 64
@@ -113,6 +114,7 @@ ENGINE_SCHEMA: Schema = {
     "workers": ((int,), _between(1, MAX_WORKERS)),
     "listen": ((list,), _addresses),
     "whitelist": _PATH,
+    "special": _PATH,
     "log_level": _LEVEL,
     "pid_file": _PATH,
     "run_dir": _PATH,
@@ -128,12 +130,15 @@ CLIENT_SCHEMA: Schema = {
     "port": _PORT,
     "driver": ((str,), _one_of(*DRIVERS)),
     "cache": ((str,), _one_of(*CACHES)),
+    "special": ((str,), _one_of(*SPECIALS)),
     "timeout": _SECONDS,
     "max_read": ((int,), _between(*MAX_READ_RANGE)),
     "log_level": _LEVEL,
     "key_file": _PATH,
     "run_dir": _PATH,
     "threads": _CONNECTIONS,
+    "special_rules": _PATH,
+    "local_proc": _PATH,
     "qtfs_server_vsock_cid": ((int,), _between(0, VSOCK_ANY - 1)),
     "qtfs_server_vsock_port": ((int,), _between(1, VSOCK_ANY - 1)),
     "qtfs_server_ip": ((str,), _ip),
@@ -153,14 +158,14 @@ def load_config(path: str | os.PathLike[str], schema: Schema, required: bool = T
     """
     name = os.fspath(path)
     try:
-        text = _read_text(name)
+        text = read_text(name)
     except FileNotFoundError as error:
         if not required:
             return {}
         raise ConfigError(name, f"cannot read the configuration: {error.strerror}") from error
     except OSError as error:
         raise ConfigError(name, f"cannot read the configuration: {error.strerror}") from error
-    return {key: _check(name, text, schema, key, value) for key, value in _parse(name, text).items()}
+    return {key: _check(name, text, schema, key, value) for key, value in parse_toml(name, text).items()}
 
 
 def value_from_text(key: str, text: str, schema: Schema) -> Any:
@@ -173,7 +178,8 @@ def value_from_text(key: str, text: str, schema: Schema) -> Any:
     return _run_check(check, types[-1](text))
 
 
-def _read_text(name: str) -> str:
+def read_text(name: str) -> str:
+    """A text file that a user named; raises OSError, or ConfigError if it is no text."""
     with open_input(name) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise ConfigError(name, "the configuration is not a regular file")
@@ -184,7 +190,8 @@ def _read_text(name: str) -> str:
         raise ConfigError(name, "not valid UTF-8", data.count(b"\n", 0, error.start) + 1) from error
 
 
-def _parse(name: str, text: str) -> dict[str, Any]:
+def parse_toml(name: str, text: str) -> dict[str, Any]:
+    """A TOML document, read from `name`; raises ConfigError naming that and the line."""
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:

@@ -30,6 +30,18 @@ cdef enum:
     PROOF_BYTES = 32
     ROOT_NODE = 1                   # FUSE_ROOT_ID
 
+cdef extern from *:
+    """
+    /* What is or-ed into the id of a FIFO's or device's node: the same file, as something to read and write. Two of them,
+       since a kernel wants different sizes (doc/protocol.md). */
+    #define QTFS_NODE_STREAM_READER (UINT64_C(1) << 63)
+    #define QTFS_NODE_STREAM_WRITER (UINT64_C(5) << 61)
+    #define QTFS_NODE_ALIAS (UINT64_C(5) << 61)
+    """
+    const uint64_t NODE_STREAM_READER "QTFS_NODE_STREAM_READER"
+    const uint64_t NODE_STREAM_WRITER "QTFS_NODE_STREAM_WRITER"
+    const uint64_t NODE_ALIAS "QTFS_NODE_ALIAS"
+
 cdef enum:                          # header.flags
     MESSAGE_REPLY = 1
 
@@ -41,6 +53,8 @@ cdef enum operation:                # numbers are never reused
     OP_DETACH = 5
     OP_PING = 6
     OP_CANCEL = 7
+    OP_READY = 8
+    OP_MOUNTS_CHANGED = 9
     OP_LOOKUP = 16
     OP_FORGET = 17
     OP_GETATTR = 18
@@ -80,6 +94,8 @@ cdef enum operation:                # numbers are never reused
     OP_COPY_FILE_RANGE = 52
     OP_STATX = 53
     OP_SYNCFS = 54
+    OP_POLL = 55
+    OP_LIST_MOUNTS = 62
     OP_COUNT = 64                   # table size, not an operation
 
 cdef packed struct header:          # 32 bytes, before every message
@@ -88,7 +104,8 @@ cdef packed struct header:          # 32 bytes, before every message
     uint16_t flags
     int32_t error                   # replies: 0 or an errno of asm-generic/errno.h; requests: 0
     uint32_t slot
-    uint64_t sequence               # counts the requests of one slot from 1; a repeated one is answered, not executed
+    uint64_t sequence               # counts the requests of one slot from 1; a repeated one is answered, not executed.
+                                    # On the event channel: replies count, requests acknowledge
     uint64_t tag                    # chosen by the sender of a request, copied into its reply
 
 # ---- sessions (no `caller` follows the header) ------------------------------------------------------------------
@@ -112,11 +129,13 @@ cdef packed struct welcome:
 # AUTHENTICATE: request PROOF_BYTES of the client, reply PROOF_BYTES of the server (auth.py)
 
 cdef packed struct mount_request:   # the path follows, without NUL
-    uint32_t flags                  # MOUNT_READ_ONLY
+    uint32_t flags                  # MOUNT_READ_ONLY, MOUNT_WATCH, MOUNT_LET_GO
     uint32_t slots                  # slot channels wanted
 
 cdef enum:
     MOUNT_READ_ONLY = 1
+    MOUNT_WATCH = 2                 # send MOUNTS_CHANGED over the event channel
+    MOUNT_LET_GO = 4                # the mount of the root may be unmounted too, and the session is then of no use
 
 cdef packed struct mount_reply:
     uint64_t session
@@ -241,6 +260,7 @@ cdef enum:                          # open_request.kill, write_request.flags, re
     KILL_PRIVILEGES = 1             # OPEN, CREATE, WRITE: as SET_KILL_PRIVILEGES
     WRITE_APPEND = 2                # WRITE: at the end of the file, whatever the handle was opened with
     WRITE_AT_OFFSET = 4             # WRITE: at the offset, even if the handle was opened with O_APPEND
+    WRITE_NONBLOCK = 8              # WRITE to a stream: EAGAIN if it would have to wait
     RELEASE_FLOCK = 1               # RELEASE: drop this handle's flock(2) lock
 
 cdef packed struct open_request:    # OPEN, OPENDIR; flags = O_* of asm-generic/fcntl.h
@@ -250,9 +270,10 @@ cdef packed struct open_request:    # OPEN, OPENDIR; flags = O_* of asm-generic/
 cdef enum:                          # open_reply.flags
     OPENED_UNCACHED = 1             # pseudo file system or O_APPEND: every read and write must ask
     OPENED_CHANGED = 2              # not as this session last saw it: drop what is cached
+    OPENED_STREAM = 4               # a FIFO or character device: no offsets, reads and writes may have to wait
 
 cdef packed struct open_reply:      # 16 bytes, struct fuse_open_out
-    uint64_t handle                 # bit 0: opened for writing
+    uint64_t handle                 # bit 0: opened for writing; bit 1: POLL has something to say
     uint32_t flags
     uint32_t reserved
 
@@ -266,11 +287,14 @@ cdef packed struct create_reply:
     entry made
     open_reply opened
 
+cdef enum:                          # read_request.flags
+    READ_NONBLOCK = 1               # from a stream: EAGAIN if it would have to wait
+
 cdef packed struct read_request:    # the reply is the data; shorter than size only at the end of the file
     uint64_t handle
     uint64_t offset
     uint32_t size
-    uint32_t reserved
+    uint32_t flags
 
 cdef packed struct write_request:   # the data follows
     uint64_t handle
@@ -354,7 +378,7 @@ cdef packed struct ioctl_request:   # in_size bytes follow
     uint32_t command
     uint32_t in_size
     uint32_t out_size
-    uint32_t reserved
+    uint32_t argument               # of commands that take a number, not a pointer
 
 cdef packed struct ioctl_reply:     # out data follows
     int32_t result
@@ -423,6 +447,47 @@ cdef packed struct statx_reply:     # struct fuse_statx after two u64 and u32 fl
     uint32_t dev_major
     uint32_t dev_minor
     uint64_t spare2[14]
+
+cdef enum:                          # poll_request.flags
+    POLL_NOTIFY = 1                 # READY is to be sent once something changes
+
+cdef packed struct poll_request:
+    uint64_t handle
+    uint64_t notify                 # READY's tag
+    uint32_t events                 # POLL* that are of interest
+    uint32_t flags
+
+cdef packed struct poll_reply:      # struct fuse_poll_out; the client writes zero over `available`
+    uint32_t revents
+    uint32_t available              # bytes that a stream has to read: FIONREAD; 0 if it cannot tell
+
+# READY (event channel, from the server, no reply): what a POLL asked for under that tag may have changed.
+cdef packed struct stale_name:      # MOUNTS_CHANGED: the name follows, then zeros up to a multiple of 8
+    uint64_t directory              # node
+    uint32_t name_bytes
+    uint32_t reserved
+
+cdef packed struct list_mounts_request:
+    uint64_t token                  # of the listing that is being read on; 0: any
+    uint32_t first                  # records to leave out
+    uint32_t size                   # room for the reply, bytes
+
+cdef packed struct list_mounts_reply:   # mount_record[count] follow
+    uint64_t token                  # changes whenever the listing does
+    uint32_t count
+    uint32_t total
+
+cdef packed struct mount_record:    # path, type, source, options, super options follow, zeros up to a multiple of 8
+    uint64_t id
+    uint64_t parent
+    uint32_t major
+    uint32_t minor
+    uint32_t path_bytes
+    uint32_t type_bytes
+    uint32_t source_bytes
+    uint32_t options_bytes
+    uint32_t super_bytes
+    uint32_t reserved
 
 # CANCEL (event channel): header.tag names the request that is to end with EINTR. It has no reply of its own.
 # PING: no body; the reply echoes the header.

@@ -4,7 +4,8 @@ from typing import Final
 OPERATIONS: Final[dict[str, int]] = {
     "HELLO": OP_HELLO, "AUTHENTICATE": OP_AUTHENTICATE, "MOUNT": OP_MOUNT,
     "ATTACH": OP_ATTACH, "DETACH": OP_DETACH, "PING": OP_PING,
-    "CANCEL": OP_CANCEL, "LOOKUP": OP_LOOKUP, "FORGET": OP_FORGET,
+    "CANCEL": OP_CANCEL, "READY": OP_READY, "MOUNTS_CHANGED": OP_MOUNTS_CHANGED,
+    "LOOKUP": OP_LOOKUP, "FORGET": OP_FORGET,
     "GETATTR": OP_GETATTR, "SETATTR": OP_SETATTR, "READLINK": OP_READLINK,
     "SYMLINK": OP_SYMLINK, "MKNOD": OP_MKNOD, "MKDIR": OP_MKDIR,
     "UNLINK": OP_UNLINK, "RMDIR": OP_RMDIR, "RENAME": OP_RENAME,
@@ -17,6 +18,8 @@ OPERATIONS: Final[dict[str, int]] = {
     "ACCESS": OP_ACCESS, "CREATE": OP_CREATE, "TMPFILE": OP_TMPFILE,
     "IOCTL": OP_IOCTL, "FALLOCATE": OP_FALLOCATE, "LSEEK": OP_LSEEK,
     "COPY_FILE_RANGE": OP_COPY_FILE_RANGE, "STATX": OP_STATX, "SYNCFS": OP_SYNCFS,
+    "POLL": OP_POLL,
+    "LIST_MOUNTS": OP_LIST_MOUNTS,
 }
 OPERATION_NAMES: Final[dict[int, str]] = {number: name for name, number in OPERATIONS.items()}
 
@@ -52,4 +55,7 @@ RECORD_BYTES: Final[dict[str, int]] = {
     "fallocate_request": sizeof(fallocate_request), "lseek_request": sizeof(lseek_request),
     "lseek_reply": sizeof(lseek_reply), "copy_request": sizeof(copy_request),
     "statx_request": sizeof(statx_request), "statx_reply": sizeof(statx_reply),
+    "poll_request": sizeof(poll_request), "poll_reply": sizeof(poll_reply),
+    "stale_name": sizeof(stale_name), "list_mounts_request": sizeof(list_mounts_request),
+    "list_mounts_reply": sizeof(list_mounts_reply), "mount_record": sizeof(mount_record),
 }

@@ -3,17 +3,19 @@
 Source: statx(2), <linux/fuse.h> (struct fuse_attr), <linux/magic.h>.
 """
 from libc.errno cimport ENFILE, ENOMEM, errno
-from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport realloc
 from libc.string cimport memset
 
 from qtfs_common.protocol cimport NODE_SUBMOUNT, NODE_UNCACHED, attributes, attributes_reply
 from qtfs_server.includes.linux cimport AT_EMPTY_PATH, AT_NO_AUTOMOUNT, AT_SYMLINK_NOFOLLOW, STATX_BASIC_STATS, \
-    STATX_BTIME, STATX_MNT_ID, fstatfs, makedev, pthread_mutex_lock, pthread_mutex_unlock, statfs_t, statx, statx_t
+    STATX_BTIME, STATX_MNT_ID, STATX_MNT_ID_UNIQUE, fstatfs, makedev, pthread_mutex_lock, pthread_mutex_unlock, \
+    statfs_t, statx, statx_t
+from qtfs_server.policy cimport is_procfs, shield_of
 from qtfs_server.session cimport MAX_DEVICES, device, node, session
 
 cdef enum:
-    STATX_WANTED = STATX_BASIC_STATS | STATX_BTIME | STATX_MNT_ID
+    STATX_WANTED = STATX_BASIC_STATS | STATX_BTIME | STATX_MNT_ID | STATX_MNT_ID_UNIQUE
 
 
 # ---- mounts ------------------------------------------------------------------------------------------------------
@@ -53,41 +55,83 @@ cdef bint _is_pseudo(int64_t f_type) noexcept nogil:
     return False
 
 
+cdef uint64_t mount_id_of(const statx_t *st) noexcept nogil:
+    """The id of the mount that `st` lies on; 0 where the kernel does not say."""
+    return st.stx_mnt_id if st.stx_mask & (STATX_MNT_ID | STATX_MNT_ID_UNIQUE) else 0
+
+
 cdef bint find_device_locked(session *s, const statx_t *st, uint32_t *out) noexcept nogil:
     """Find the mount that `st` lies on among those met before."""
     cdef uint64_t number = makedev(st.stx_dev_major, st.stx_dev_minor)
-    cdef uint64_t mount_id = st.stx_mnt_id if st.stx_mask & STATX_MNT_ID else 0
+    cdef uint64_t mount_id = mount_id_of(st)
     cdef uint32_t i
     for i in range(s.device_count):
-        if s.devices[i].mount_id == mount_id and s.devices[i].number == number:
+        if s.devices[i].mount_id == mount_id and s.devices[i].number == number and not s.devices[i].gone:
             out[0] = i
             return True
     return False
 
 
-cdef int _add_device_locked(session *s, const statx_t *st, bint uncached, uint32_t *out) noexcept nogil:
+cdef uint32_t _free_device_locked(session *s) noexcept nogil:
+    """The index for another mount: of one that is gone and forgotten, if there is any."""
+    cdef uint32_t i
+    for i in range(s.device_count):
+        if s.devices[i].gone and s.devices[i].nodes == 0 and s.devices[i].mount_fd < 0:
+            return i
+    return s.device_count
+
+
+cdef void _supersede_locked(session *s, uint64_t mount_id, uint32_t listed_id) noexcept nogil:
+    """Whatever else had a mount's number in the mount table is gone."""
+    cdef uint32_t i
+    for i in range(s.device_count):
+        if s.devices[i].listed_id == listed_id and s.devices[i].mount_id != mount_id:
+            s.devices[i].gone = True
+
+
+cdef int _device_room_locked(session *s, uint32_t index) noexcept nogil:
+    """See that there is an entry of an index that _free_device_locked gave. 0 or -errno."""
     cdef device *larger
-    if find_device_locked(s, st, out):
+    if index < s.device_count:
         return 0
-    if s.device_count >= MAX_DEVICES:
+    if index >= MAX_DEVICES:
         return -ENFILE
-    larger = <device *>realloc(s.devices, (s.device_count + 1) * sizeof(device))
+    larger = <device *>realloc(s.devices, (index + 1) * sizeof(device))
     if larger == NULL:
         return -ENOMEM
     s.devices = larger
-    larger += s.device_count
-    larger.mount_id = st.stx_mnt_id if st.stx_mask & STATX_MNT_ID else 0
-    larger.number = makedev(st.stx_dev_major, st.stx_dev_minor)
-    larger.mount_fd = -1
-    larger.uncached = uncached
-    out[0] = s.device_count
-    s.device_count += 1
+    s.device_count = index + 1
+    return 0
+
+
+cdef int _add_device_locked(session *s, const statx_t *st, uint32_t listed_id, int64_t f_type, uint16_t shield,
+                            uint32_t *out) noexcept nogil:
+    cdef device *added
+    cdef int error
+    if find_device_locked(s, st, out):
+        return 0
+    _supersede_locked(s, mount_id_of(st), listed_id)
+    out[0] = _free_device_locked(s)
+    error = _device_room_locked(s, out[0])
+    if error < 0:
+        return error
+    added = &s.devices[out[0]]
+    memset(added, 0, sizeof(device))
+    added.mount_id = mount_id_of(st)
+    added.number = makedev(st.stx_dev_major, st.stx_dev_minor)
+    added.listed_id = listed_id
+    added.mount_fd = -1
+    added.f_type = f_type
+    added.uncached = _is_pseudo(f_type)
+    added.shield = shield
     return 0
 
 
 cdef int device_index(session *s, int fd, const statx_t *st, uint32_t *out) noexcept nogil:
     """Find or add the mount that `fd`, whose stat is `st`, lies on. 0 or -ENOMEM."""
     cdef statfs_t fs
+    cdef uint16_t shield
+    cdef statx_t listed
     cdef bint known
     cdef int error
     pthread_mutex_lock(&s.guard)
@@ -97,8 +141,11 @@ cdef int device_index(session *s, int fd, const statx_t *st, uint32_t *out) noex
         return 0
     memset(&fs, 0, sizeof(fs))
     fstatfs(fd, &fs)
+    listed.stx_mnt_id = 0
+    statx(fd, b"", AT_EMPTY_PATH | AT_NO_AUTOMOUNT, STATX_MNT_ID, &listed)
+    shield = shield_of(fs.f_type, listed.stx_mnt_id, fd)
     pthread_mutex_lock(&s.guard)
-    error = _add_device_locked(s, st, _is_pseudo(fs.f_type), out)
+    error = _add_device_locked(s, st, <uint32_t>listed.stx_mnt_id, fs.f_type, shield, out)
     pthread_mutex_unlock(&s.guard)
     return error
 
@@ -153,6 +200,24 @@ cdef bint lies_on_pseudo(session *s, const node *n) noexcept nogil:
     uncached = s.devices[n.device].uncached
     pthread_mutex_unlock(&s.guard)
     return uncached
+
+
+cdef bint lies_on_proc(session *s, const node *n) noexcept nogil:
+    """Whether a node belongs to a procfs."""
+    cdef bint proc
+    pthread_mutex_lock(&s.guard)
+    proc = is_procfs(s.devices[n.device].f_type)
+    pthread_mutex_unlock(&s.guard)
+    return proc
+
+
+cdef bint lies_on_cgroup(session *s, const node *n) noexcept nogil:
+    """Whether a node belongs to a cgroup file system of either version."""
+    cdef int64_t f_type
+    pthread_mutex_lock(&s.guard)
+    f_type = s.devices[n.device].f_type
+    pthread_mutex_unlock(&s.guard)
+    return f_type == 0x27e0eb or f_type == 0x63677270       # CGROUP_SUPER_MAGIC, CGROUP2_SUPER_MAGIC
 
 
 cdef int node_stat(session *s, node *n, int fd, attributes_reply *out) noexcept nogil:

@@ -12,6 +12,7 @@ from qtfs_common import __version__, logs
 from qtfs_common.addresses import DEFAULT_PORT, Address, parse_address
 from qtfs_common.config import ENGINE_SCHEMA, MAX_WORKERS, load_config, value_from_text
 from qtfs_common.errors import QtfsError
+from qtfs_common.special import DEFAULT_RULES
 from qtfs_common.whitelist import DEFAULT_PATH
 from qtfs_server.engine import EngineOptions, run
 
@@ -22,11 +23,11 @@ _EPILOG = """addresses:
   vsock://CID:PORT   tcp://HOST:PORT   unix:///path
   MY_ADDR and PEER_ADDR: a vsock CID, or an IPv4 address (then TCP)
 
-signals: SIGHUP reads the whitelist again; SIGTERM finishes what is being executed and exits 0."""
+signals: SIGHUP reads the whitelist and the special rules again; SIGTERM finishes what is being executed and exits 0."""
 
 _POSITIONAL = ("WORKERS", "PROXY_THREADS", "MY_ADDR", "MY_PROXY_PORT", "PEER_ADDR", "PEER_PROXY_PORT")
 _PORTS = range(1024, 65536)
-_PATHS = ("whitelist", "key_file", "pid_file", "run_dir")
+_PATHS = ("whitelist", "special", "key_file", "pid_file", "run_dir")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -42,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--listen", action="append", metavar="ADDRESS", help="serve clients here; may be repeated")
     parser.add_argument("--port", metavar="N", help=f"data port where an address names none ({DEFAULT_PORT})")
     parser.add_argument("--whitelist", metavar="FILE", help=f"what clients may do (default {DEFAULT_PATH})")
+    parser.add_argument("--special", metavar="FILE", help=f"paths to hide or protect (default {DEFAULT_RULES})")
     parser.add_argument("--key-file", metavar="FILE", help="key that clients must know; needed for TCP beyond loopback")
     parser.add_argument("--log-level", metavar="LEVEL", help="NONE, ERROR, WARN, INFO or DEBUG (default WARN)")
     parser.add_argument("--config", metavar="FILE", help="TOML file with the same settings; options override it")
@@ -107,6 +109,7 @@ def _options(settings: dict[str, Any]) -> EngineOptions:
         listen=addresses,
         workers=settings.get("workers", 16),
         whitelist=path("whitelist") or Path(DEFAULT_PATH),
+        special=path("special"),
         key_file=path("key_file"),
         pid_file=path("pid_file"),
         run_dir=path("run_dir"),

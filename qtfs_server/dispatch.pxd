@@ -4,6 +4,7 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from qtfs_common.protocol cimport OP_COUNT
 from qtfs_common.transport cimport message
 from qtfs_server.identity cimport identity
+from qtfs_server.request cimport request
 from qtfs_server.session cimport session
 
 cdef struct counters:               # of one worker
@@ -15,7 +16,6 @@ cdef struct counters:               # of one worker
 cdef enum:
     SLOT_BUSY = -100002             # another worker still executes this very request
 
-cdef int execute(session *s, identity *me, uint8_t *scratch, counters *count, const message *msg, bint repeated,
-                 uint8_t *reply, size_t reply_room, size_t *reply_bytes) noexcept nogil
+cdef int execute(request *r, counters *count, const message *msg) noexcept nogil
 cdef int execute_in_slot(session *s, uint32_t slot_index, identity *me, uint8_t *scratch, counters *count,
                          const message *msg, uint8_t *out, size_t room, size_t *out_bytes) noexcept nogil

@@ -5,14 +5,14 @@ short); the others are executed again when repeated.
 """
 from libc.errno cimport EIO, ENOMEM, ENOSYS, EPROTO
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
-from libc.stdlib cimport malloc
+from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
 from qtfs_common.protocol cimport *
 from qtfs_common.transport cimport message
 from qtfs_server.identity cimport act_as_root, identity
 from qtfs_server.includes.linux cimport pthread_mutex_lock, pthread_mutex_unlock
-from qtfs_server.operations cimport directories, files, inodes, locks, names
+from qtfs_server.operations cimport directories, files, inodes, locks, mount_list, names, streams
 from qtfs_server.request cimport DEFERRED, MALFORMED, operation_function, request
 from qtfs_server.nodes cimport evict
 from qtfs_server.session cimport SAVED_REPLY_BYTES, session, slot
@@ -68,6 +68,8 @@ _define(OP_LSEEK, files.op_lseek, True)
 _define(OP_COPY_FILE_RANGE, files.op_copy_file_range, False)
 _define(OP_STATX, inodes.op_statx, True)
 _define(OP_SYNCFS, inodes.op_syncfs, True)
+_define(OP_POLL, streams.op_poll, True)
+_define(OP_LIST_MOUNTS, mount_list.op_list_mounts, True)
 
 
 cdef int _unpack(request *r, const message *msg) noexcept nogil:
@@ -86,30 +88,27 @@ cdef int _unpack(request *r, const message *msg) noexcept nogil:
     return 0
 
 
-cdef int execute(session *s, identity *me, uint8_t *scratch, counters *count, const message *msg, bint repeated,
-                 uint8_t *reply, size_t reply_room, size_t *reply_bytes) noexcept nogil:
-    """Run one file operation. 0, -errno, MALFORMED or DEFERRED; the body of the reply is at `reply`."""
-    cdef request r
+cdef int execute(request *r, counters *count, const message *msg) noexcept nogil:
+    """Run one file operation: 0, -errno, MALFORMED or DEFERRED; the body of the reply is at r.reply.
+
+    The caller has set s, me, scratch, reply, reply_room, repeated and may_wait.
+    """
     cdef int result
     if msg.head.op >= OP_COUNT or _table[msg.head.op].run == NULL:
         return MALFORMED
-    result = _unpack(&r, msg)
+    result = _unpack(r, msg)
     if result < 0:
         return result
-    r.s = s
-    r.me = me
-    r.scratch = scratch
-    r.repeated = repeated
-    r.reply = reply
-    r.reply_room = reply_room
     r.reply_bytes = 0
+    r.keep_reply = not _table[msg.head.op].repeatable
     count.requests[msg.head.op] += 1
-    result = _table[msg.head.op].run(&r)
-    act_as_root(me)
-    evict(s)
-    reply_bytes[0] = r.reply_bytes if result == 0 else 0
+    result = _table[msg.head.op].run(r)
+    act_as_root(r.me)
+    evict(r.s)
     if result < 0:
-        count.errors[msg.head.op] += 1
+        r.reply_bytes = 0
+        if result > MALFORMED:
+            count.errors[msg.head.op] += 1
     return result
 
 
@@ -133,10 +132,14 @@ cdef int _take_slot(session *s, slot *at, const header *head, bint *repeated) no
     return result
 
 
-cdef void _save_reply(session *s, slot *at, const uint8_t *reply, size_t size) noexcept nogil:
-    if at.saved == NULL:
-        at.saved = <uint8_t *>malloc(SAVED_REPLY_BYTES)
-    if at.saved != NULL and size <= SAVED_REPLY_BYTES:
+cdef void _save_reply(slot *at, const uint8_t *reply, size_t size) noexcept nogil:
+    """Keep a reply until the slot's next request. Long ones, of reads that cannot be repeated, give their room back."""
+    cdef size_t room = max(size, <size_t>SAVED_REPLY_BYTES)
+    if room != at.saved_room:
+        free(at.saved)
+        at.saved = <uint8_t *>malloc(room)
+        at.saved_room = <uint32_t>room if at.saved != NULL else 0
+    if at.saved != NULL:
         memcpy(at.saved, reply, size)
         at.saved_bytes = <uint32_t>size
 
@@ -158,30 +161,41 @@ cdef void _reply_header(const message *msg, int error, size_t body_bytes, uint8_
     head.tag = msg.head.tag
 
 
+cdef int _execute_admitted(request *r, slot *at, counters *count, const message *msg, uint8_t *out,
+                           size_t *out_bytes) noexcept nogil:
+    """Execute what _take_slot admitted. 0 or MALFORMED."""
+    cdef int result = execute(r, count, msg)
+    if result <= MALFORMED:
+        return MALFORMED
+    _reply_header(msg, -result, r.reply_bytes, out)
+    out_bytes[0] = sizeof(header) + r.reply_bytes
+    if r.keep_reply:
+        _save_reply(at, out, out_bytes[0])
+    return 0
+
+
 cdef int execute_in_slot(session *s, uint32_t slot_index, identity *me, uint8_t *scratch, counters *count,
                          const message *msg, uint8_t *out, size_t room, size_t *out_bytes) noexcept nogil:
     """Execute a request of a slot, or find the reply it got before. 0 (the reply is at `out`), MALFORMED or SLOT_BUSY."""
     cdef slot *at = &s.slot_table[slot_index]
-    cdef size_t body_bytes = 0
-    cdef bint repeated = False
+    cdef request r
     cdef int result = MALFORMED
     if msg.head.op != OP_SETLKW:        # what may wait belongs on the event channel
-        result = _take_slot(s, at, &msg.head, &repeated)
+        result = _take_slot(s, at, &msg.head, &r.repeated)
     if result < 0:
         return result
-    if repeated and at.saved_bytes > 0:
+    if r.repeated and at.saved_bytes > 0:
         memcpy(out, at.saved, at.saved_bytes)
         out_bytes[0] = at.saved_bytes
         count.repeated += 1
-        _leave_slot(s, at)
-        return 0
-    result = execute(s, me, scratch, count, msg, repeated, out + sizeof(header), room - sizeof(header), &body_bytes)
-    if result <= MALFORMED:
-        _leave_slot(s, at)
-        return MALFORMED
-    _reply_header(msg, -result, body_bytes, out)
-    out_bytes[0] = sizeof(header) + body_bytes
-    if not _table[msg.head.op].repeatable:
-        _save_reply(s, at, out, out_bytes[0])
+        result = 0
+    else:
+        r.s = s
+        r.me = me
+        r.scratch = scratch
+        r.reply = out + sizeof(header)
+        r.reply_room = room - sizeof(header)
+        r.may_wait = False
+        result = _execute_admitted(&r, at, count, msg, out, out_bytes)
     _leave_slot(s, at)
-    return 0
+    return result

@@ -1,6 +1,6 @@
 """The engine: listens, runs the worker threads, obeys signals.
 
-SIGHUP reads the whitelist again, SIGTERM and SIGINT let the workers finish what they execute and end the process.
+SIGHUP reads the whitelist and the special rules again, SIGTERM and SIGINT let the workers finish what they execute and end the process.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from qtfs_common import auth, logs, rundir
 from qtfs_common.addresses import Address, UnixAddress, bound_address, listen_socket
 from qtfs_common.errors import QtfsError
+from qtfs_common.special import DEFAULT_RULES, load_special
 from qtfs_common.whitelist import load_whitelist
 from qtfs_server.policy import install
 from qtfs_server.server import Server
@@ -40,6 +41,7 @@ class EngineOptions:
     listen: tuple[Address, ...]
     workers: int = 16
     whitelist: Path = Path("/etc/qtfs/whitelist")
+    special: Path | None = None  # None: the default place, where it need not exist
     key_file: Path | None = None
     pid_file: Path | None = None
     run_dir: Path | None = None
@@ -55,10 +57,10 @@ def raise_descriptor_limit() -> int:
     return min(soft, 1 << 24) if soft != resource.RLIM_INFINITY else 1 << 24
 
 
-def _load_rules(path: Path) -> None:
-    whitelist = load_whitelist(path)
+def _load_rules(options: EngineOptions) -> None:
+    whitelist = load_whitelist(options.whitelist)
     whitelist.require_mount()
-    install(whitelist)
+    install(whitelist, load_special(options.special or DEFAULT_RULES, required=options.special is not None))
 
 
 def _load_key(options: EngineOptions) -> bytes | None:
@@ -109,17 +111,19 @@ def _start_threads(server: Server, workers: int) -> list[threading.Thread]:
     threads.append(threading.Thread(target=server.wait_for_locks, name="locks", daemon=True))
     queuers = range(_LOCK_QUEUERS)
     threads += [threading.Thread(target=server.queue_for_locks, name=f"lock-queue-{i}", daemon=True) for i in queuers]
+    threads.append(threading.Thread(target=server.watch_streams, name="streams", daemon=True))
+    threads.append(threading.Thread(target=server.watch_mounts, name="mounts", daemon=True))
     for thread in threads:
         thread.start()
     return threads
 
 
-def _reload(path: Path) -> None:
-    """Read the whitelist again; a bad one changes nothing."""
+def _reload(options: EngineOptions) -> None:
+    """Read the whitelist and the special rules again; with a mistake in either, both stay."""
     logs.notify("RELOADING=1")
     try:
-        _load_rules(path)
-        log.info("%s read again", path)
+        _load_rules(options)
+        log.info("%s read again", options.whitelist)
     except QtfsError as error:
         log.error("the whitelist stays as it was: %s", error)
     logs.notify("READY=1")
@@ -155,7 +159,7 @@ def _obey_signals(server: Server, options: EngineOptions, signals: socket.socket
             server.expire()
             continue
         if received == signal.SIGHUP:
-            _reload(options.whitelist)
+            _reload(options)
         elif received in _SIGNALS:
             log.info("%s: draining", signal.Signals(received).name)
             return
@@ -176,7 +180,7 @@ def run(options: EngineOptions, ready: Callable[[list[Address]], None]) -> int:
 
     Raises QtfsError for what the user has to mend.
     """
-    _load_rules(options.whitelist)
+    _load_rules(options)
     key = _load_key(options)
     limit = raise_descriptor_limit()
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)

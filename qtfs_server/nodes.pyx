@@ -1,26 +1,30 @@
 """Nodes of a session: by id and by (mount, inode), entered by name, with or without a descriptor.
 
-A node id is (generation << 32 | index): stale and invented ones are refused by their generation. Descriptors of nodes are
+A node id is (generation << 32 | index): stale and invented ones are refused by their generation. NODE_ALIAS bits in it
+do not matter here. Descriptors of nodes are
 a cache: when they run short the clock hand takes those not used lately and leaves a file handle (name_to_handle_at(2))
 or, where the file system has none, a path to open them by.
 """
-from libc.errno cimport EACCES, EMFILE, ENFILE, ENOMEM, EROFS, ESTALE, errno
+from libc.errno cimport EMFILE, ENFILE, ENOENT, ENOMEM, EROFS, ESTALE, errno
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcmp, memcpy, memset, strcpy, strrchr
 
-from qtfs_common.protocol cimport MAX_PATH, ROOT_NODE, entry
+from qtfs_common.protocol cimport MAX_PATH, NODE_ALIAS, ROOT_NODE, entry
 from qtfs_server.attributes cimport device_index, fill_attributes, find_device_locked, node_flags_locked, signature, \
     stat_fd, stat_name
 from qtfs_server.descriptors cimport close_counted, descriptor_opened, descriptors_short, fd_path, proc_path
 from qtfs_server.includes.linux cimport AT_EMPTY_PATH, AT_FDCWD, O_CLOEXEC, O_DIRECTORY, O_NOFOLLOW, \
     O_NONBLOCK, O_PATH, O_RDONLY, RESOLVE_NO_SYMLINKS, S_IFDIR, S_IFMT, S_IFREG, SYS_openat2, close, file_handle, \
     name_to_handle_at, open_by_handle_at, open_how, openat, pthread_mutex_lock, pthread_mutex_unlock, statx_t, syscall
-from qtfs_server.policy cimport OFF_TRIE, child_place, count_denial, current_epoch, path_place, place
-from qtfs_server.session cimport CHUNK, MAX_NODES, NODE_IN_USE, NODE_PATHLESS, NODE_RECENT, NODE_REVIVE_BY_PATH, \
-    NO_INDEX, grown_chunks, node, node_at, session, session_fullest, session_unref
+from qtfs_server.mounts cimport borrow_mount, is_gone, is_let_go, note_holder_locked, return_mount
+from qtfs_server.policy cimport ALLOW_LOOK, OFF_TRIE, child_place, current_epoch, enter_file_system, path_place, place, \
+    refusal
+from qtfs_server.session cimport CHUNK, MAX_NODES, NODE_IN_USE, NODE_LISTED, NODE_PATHLESS, NODE_RECENT, \
+    NODE_REVIVE_BY_PATH, NODE_USED, NO_INDEX, grown_chunks, node, node_at, session, session_fullest, session_unref
 
 cdef enum:
+    GENERATIONS = 0x1fffffff        # the bits above are for aliases, and for clients to mark nodes of their own
     MAX_HANDLE_BYTES = 128          # MAX_HANDLE_SZ of <linux/exportfs.h>
     EVICTED_AT_ONCE = 64
 
@@ -44,7 +48,7 @@ cdef uint32_t _new_node_locked(session *s) noexcept nogil:
         s.node_chunks = chunks
         index = s.node_count
         s.node_count += 1
-        node_at(s, index).generation = s.salt
+        node_at(s, index).generation = s.salt & GENERATIONS
     s.nodes_used += 1
     return index
 
@@ -112,9 +116,22 @@ cdef uint32_t _index_locked(session *s, uint64_t id) noexcept nogil:
     cdef uint32_t index = <uint32_t>id
     if index == NO_INDEX or index >= s.node_count:
         return NO_INDEX
-    if not node_at(s, index).flags & NODE_IN_USE or _node_id(index, node_at(s, index)) != id:
+    if not node_at(s, index).flags & NODE_IN_USE or _node_id(index, node_at(s, index)) != id & ~NODE_ALIAS:
         return NO_INDEX
     return index
+
+
+cdef uint64_t known_node(session *s, const statx_t *st) noexcept nogil:
+    """The id of the node that a stat is of, or 0: the session has not met it."""
+    cdef uint32_t on_device = 0, index = NO_INDEX
+    cdef uint64_t id = 0
+    pthread_mutex_lock(&s.guard)
+    if find_device_locked(s, st, &on_device):
+        index = _find_locked(s, on_device, st.stx_ino)
+    if index != NO_INDEX:
+        id = _node_id(index, node_at(s, index))
+    pthread_mutex_unlock(&s.guard)
+    return id
 
 
 # ---- descriptors -------------------------------------------------------------------------------------------------
@@ -208,21 +225,51 @@ cdef uint8_t *_revive_by_path(node *n) noexcept nogil:
     return copy
 
 
-cdef bint _put_aside(session *s, node *n) noexcept nogil:
+cdef bint _opens_by_handle(int mount_fd, file_handle *found) noexcept nogil:
+    """Whether we may: that takes CAP_DAC_READ_SEARCH."""
+    cdef int fd = open_by_handle_at(mount_fd, found, O_PATH | O_CLOEXEC)
+    if fd >= 0:
+        close(fd)
+    return fd >= 0
+
+
+cdef uint8_t *_usable_handle(node *n, int mount_fd) noexcept nogil:
+    """The file handle of a node, if there is a descriptor of its mount and it can be opened again; or NULL."""
+    cdef file_handle *found = _file_handle(n.fd) if mount_fd >= 0 else NULL
+    if found != NULL and not _opens_by_handle(mount_fd, found):
+        free(found)
+        found = NULL
+    return <uint8_t *>found
+
+
+cdef uint8_t *_means_to_revive(session *s, node *n, uint16_t *by_path) noexcept nogil:
+    """What opens a node again: a file handle, or with NODE_REVIVE_BY_PATH a path; NULL: nothing does."""
+    cdef uint8_t *revive = NULL
+    cdef int mount_fd
+    by_path[0] = 0
+    if is_let_go(s, n.device):
+        mount_fd = borrow_mount(s, n.device)
+        revive = _usable_handle(n, mount_fd)
+        if mount_fd >= 0:
+            return_mount(s, n.device)
+    else:
+        revive = _usable_handle(n, _mount_fd(s, n))
+    if revive == NULL:
+        revive = _revive_by_path(n)
+        by_path[0] = NODE_REVIVE_BY_PATH
+    return revive
+
+
+cdef bint node_put_aside(session *s, node *n) noexcept nogil:
     """Swap a node's descriptor for the means to open it again. The caller holds its only pin. False: it must stay."""
     cdef statx_t st
     cdef uint8_t *revive = NULL
     cdef uint16_t by_path = 0
     cdef int fd = -1
-    if stat_fd(n.fd, &st) < 0 or st.stx_nlink == 0:
+    if stat_fd(n.fd, &st) == 0 and st.stx_nlink > 0 and not is_gone(s, n.device):
+        revive = _means_to_revive(s, n, &by_path)
+    if revive == NULL and (n.handles > 0 or not is_let_go(s, n.device)):
         return False                # unlinked: the descriptor is all that keeps it
-    if _mount_fd(s, n) >= 0:
-        revive = <uint8_t *>_file_handle(n.fd)
-    if revive == NULL:
-        revive = _revive_by_path(n)
-        by_path = NODE_REVIVE_BY_PATH
-    if revive == NULL:
-        return False
     pthread_mutex_lock(&s.guard)
     if n.pins == 1 and n.fd >= 0:
         fd = n.fd
@@ -270,7 +317,7 @@ cdef bint _evict_one(session *s) noexcept nogil:
         n = _next_victim(s)
         if n == NULL:
             return False
-        gone = _put_aside(s, n)
+        gone = node_put_aside(s, n)
         node_unpin(s, n)
         if gone:
             return True
@@ -296,7 +343,8 @@ cdef void evict(session *s) noexcept nogil:
 
 
 cdef struct revival:                # a copy of what opens a put-aside node again: others may revive it meanwhile
-    int mount_fd                    # -1: by path
+    int mount_fd                    # -1: by path, or borrowed
+    bint borrowed
     char path[MAX_PATH]
     file_handle *by_handle
 
@@ -305,11 +353,16 @@ cdef int _revival_locked(session *s, node *n, revival *out) noexcept nogil:
     cdef size_t size
     out.by_handle = NULL
     out.mount_fd = -1
+    out.borrowed = False
+    if n.revive == NULL:
+        return -ESTALE              # unlinked, or its mount is gone
     if n.flags & NODE_REVIVE_BY_PATH:
         strcpy(out.path, <char *>n.revive)
         return 0
     size = sizeof(file_handle) + (<file_handle *>n.revive).handle_bytes
-    out.mount_fd = s.devices[n.device].mount_fd
+    out.borrowed = is_let_go(s, n.device)
+    if not out.borrowed:
+        out.mount_fd = s.devices[n.device].mount_fd
     out.by_handle = <file_handle *>malloc(size)
     if out.by_handle == NULL:
         return -ENOMEM
@@ -331,7 +384,8 @@ cdef int _revived_fd(session *s, node *n, const revival *by) noexcept nogil:
     else:
         fd = open_by_handle_at(by.mount_fd, by.by_handle, O_PATH | O_NOFOLLOW | O_CLOEXEC)
     if fd < 0:
-        return -errno if errno in (EMFILE, ENFILE, ENOMEM) else -ESTALE
+        # ENOMEM too: so iget_locked() says that the inode number is just being used again.
+        return -errno if errno in (EMFILE, ENFILE) else -ESTALE
     if stat_fd(fd, &st) < 0 or st.stx_ino != n.ino or (st.stx_mode & S_IFMT) != n.type:
         close(fd)
         return -ESTALE
@@ -341,7 +395,22 @@ cdef int _revived_fd(session *s, node *n, const revival *by) noexcept nogil:
     return fd
 
 
+cdef int _revived(session *s, node *n, revival *by) noexcept nogil:
+    """_revived_fd, once there is a descriptor on the mount."""
+    cdef int fd
+    if not by.borrowed:
+        return _revived_fd(s, n, by)
+    by.mount_fd = borrow_mount(s, n.device)
+    if by.mount_fd < 0:
+        return -ESTALE
+    fd = _revived_fd(s, n, by)
+    return_mount(s, n.device)
+    return fd
+
+
 cdef void _give_fd_locked(session *s, node *n, int fd, uint16_t pathless) noexcept nogil:
+    if is_let_go(s, n.device):
+        note_holder_locked(s, _own_index_locked(s, n))
     n.fd = fd
     s.open_nodes += 1
     n.flags = (n.flags & ~NODE_PATHLESS) | pathless
@@ -360,7 +429,7 @@ cdef int _revive(session *s, node *n) noexcept nogil:
     pthread_mutex_unlock(&s.guard)
     if error != 0:
         return min(error, 0)
-    fd = _revived_fd(s, n, &by)
+    fd = _revived(s, n, &by)
     pthread_mutex_lock(&s.guard)
     if fd >= 0 and n.fd < 0:
         _give_fd_locked(s, n, fd, NODE_PATHLESS if by.by_handle != NULL else 0)
@@ -391,7 +460,7 @@ cdef int node_pin(session *s, uint64_t id, node **out) noexcept nogil:
     if index != NO_INDEX:
         out[0] = node_at(s, index)
         out[0].pins += 1
-        out[0].flags |= NODE_RECENT
+        out[0].flags |= NODE_USED
     pthread_mutex_unlock(&s.guard)
     return _opened(s, out[0]) if index != NO_INDEX else -ESTALE
 
@@ -400,35 +469,35 @@ cdef int node_hold(session *s, node *n) noexcept nogil:
     """Pin a node that a handle keeps, with its descriptor open. 0 or -errno."""
     pthread_mutex_lock(&s.guard)
     n.pins += 1
-    n.flags |= NODE_RECENT
+    n.flags |= NODE_USED
     pthread_mutex_unlock(&s.guard)
     return _opened(s, n)
 
 
 cdef void _drop_locked(session *s, node *n) noexcept nogil:
     """Free a node that nobody knows or holds; its next user gets another generation."""
-    cdef uint32_t index
-    index = _find_locked(s, n.device, n.ino)
-    if index != NO_INDEX and node_at(s, index) == n:
+    cdef uint32_t index = _own_index_locked(s, n)
+    if _find_locked(s, n.device, n.ino) == index:
         _unlink_locked(s, index)
-    else:
-        index = _index_of(s, n)
+    s.devices[n.device].nodes -= 1
     if n.fd >= 0:
         s.open_nodes -= 1
     close_counted(n.fd)
     free(n.revive)
     n.revive = NULL
     n.fd = -1
-    n.flags = 0
-    n.generation += 1
+    n.flags &= NODE_LISTED
+    n.generation = (n.generation + 1) & GENERATIONS
     n.next = s.node_free
     s.node_free = index
     s.nodes_used -= 1
 
 
-cdef uint32_t _index_of(session *s, node *n) noexcept nogil:
-    """Index of a node that its hash chain no longer leads to (its inode number was used again)."""
-    cdef uint32_t chunk
+cdef uint32_t _own_index_locked(session *s, node *n) noexcept nogil:
+    """Index of a node, also if its hash chain no longer leads to it (its inode number was used again)."""
+    cdef uint32_t chunk, index = _find_locked(s, n.device, n.ino)
+    if index != NO_INDEX and node_at(s, index) == n:
+        return index
     for chunk in range((s.node_count + CHUNK - 1) // CHUNK):
         if s.node_chunks[chunk] <= n < s.node_chunks[chunk] + CHUNK:
             return chunk * CHUNK + <uint32_t>(n - s.node_chunks[chunk])
@@ -498,20 +567,24 @@ cdef void _count_locked(session *s, uint32_t index, const statx_t *st, place whe
     """One more lookup of a node, and what the client is told of it."""
     cdef node *n = node_at(s, index)
     n.lookups += 1
-    n.flags |= NODE_RECENT
+    n.flags |= NODE_USED
     n.seen = signature(st)
     _merge_place(n, st, where)
     _fill_entry(s, index, st, out)
 
 
-cdef bint _count_known(session *s, const statx_t *st, place where, entry *out) noexcept nogil:
-    """The common case: the node is known and has its descriptor, so that its inode cannot have been used again."""
+cdef bint _count_known(session *s, const node *parent, const statx_t *st, place where, entry *out) noexcept nogil:
+    """The common case: the node is known and has its descriptor, so that its inode cannot have been used again.
+
+    Not where another file system begins: what protects that, `where` does not know yet.
+    """
     cdef uint32_t on_device = 0, index = NO_INDEX
     cdef bint hit = False
     pthread_mutex_lock(&s.guard)
     if find_device_locked(s, st, &on_device):
         index = _find_locked(s, on_device, st.stx_ino)
-    if index != NO_INDEX and node_at(s, index).fd >= 0 and node_at(s, index).type == (st.stx_mode & S_IFMT):
+    if index != NO_INDEX and on_device == parent.device and node_at(s, index).fd >= 0 and \
+            node_at(s, index).type == (st.stx_mode & S_IFMT):
         _count_locked(s, index, st, where, out)
         hit = True
     pthread_mutex_unlock(&s.guard)
@@ -523,7 +596,11 @@ cdef bint _is_node_locked(node *n, const statx_t *st, const file_handle *current
     cdef file_handle *kept = <file_handle *>n.revive
     if n.type != (st.stx_mode & S_IFMT):
         return False
-    if n.fd >= 0 or n.flags & NODE_REVIVE_BY_PATH or current == NULL:
+    if n.fd >= 0:
+        return True
+    if kept == NULL:
+        return False                # unlinked before its descriptor went
+    if n.flags & NODE_REVIVE_BY_PATH or current == NULL:
         return True
     return current.handle_bytes == kept.handle_bytes and memcmp(current, kept, sizeof(file_handle) +
                                                                  kept.handle_bytes) == 0
@@ -542,8 +619,9 @@ cdef uint32_t _make_locked(session *s, uint32_t on_device, const statx_t *st, pl
     n.lookups = n.handles = n.pins = 0
     n.fd = -1
     n.revive = NULL
-    n.flags = NODE_IN_USE
+    n.flags = NODE_IN_USE | (n.flags & NODE_LISTED)
     n.where = where
+    s.devices[on_device].nodes += 1
     _link_locked(s, index)
     _rehash_locked(s)
     return index
@@ -595,21 +673,37 @@ cdef int node_enter_fd(session *s, int fd, const statx_t *st, place where, entry
     return 0 if index != NO_INDEX else -ENFILE
 
 
+cdef int _correct_place(session *s, const node *parent, int fd, const statx_t *st, place *where) noexcept nogil:
+    """See to what protects the file system that a name turned out to lie on. 0 or -errno."""
+    cdef uint32_t on_device = 0
+    cdef uint16_t shield
+    cdef int error = device_index(s, fd, st, &on_device)
+    if error < 0 or on_device == parent.device:
+        return error
+    pthread_mutex_lock(&s.guard)
+    shield = s.devices[on_device].shield
+    pthread_mutex_unlock(&s.guard)
+    enter_file_system(where, shield)
+    return 0 if where.allowed & ALLOW_LOOK else -ENOENT
+
+
 cdef int node_enter(session *s, node *parent, const char *name, size_t name_bytes, entry *out) noexcept nogil:
-    """Look a name up below a pinned directory and count it. 0 or -errno."""
+    """Look a name up below a pinned directory and count it. 0 or -errno; -ENOENT for one that is hidden."""
     cdef statx_t st
     cdef int fd, error
     cdef place where = _current_place(parent, parent.fd)
     where = child_place(&where, <const uint8_t *>name, name_bytes)
-    error = stat_name(parent.fd, name, &st)
+    error = stat_name(parent.fd, name, &st) if where.allowed & ALLOW_LOOK else -ENOENT
     if error < 0:
         return error
-    if _count_known(s, &st, where, out):
+    if _count_known(s, parent, &st, where, out):
         return 0
     fd = openat(parent.fd, name, O_PATH | O_NOFOLLOW | O_CLOEXEC)
     if fd < 0:
         return -errno
     error = stat_fd(fd, &st)        # the name may mean another file by now
+    if error == 0:
+        error = _correct_place(s, parent, fd, &st, &where)
     if error < 0:
         close(fd)
         return error
@@ -620,10 +714,14 @@ cdef int root_enter(session *s, int fd, place where) noexcept nogil:
     """Make the root node of a new session from an O_PATH descriptor, which is taken over. 0 or -errno."""
     cdef statx_t st
     cdef entry root
+    cdef uint32_t on_device = 0
     cdef int error = stat_fd(fd, &st)
+    if error == 0:
+        error = device_index(s, fd, &st, &on_device)
     if error < 0:
         close(fd)
         return error
+    enter_file_system(&where, s.devices[on_device].shield)
     return node_enter_fd(s, fd, &st, where, &root)
 
 
@@ -639,33 +737,22 @@ cdef place _current_place(node *n, int fd) noexcept nogil:
         where.trie = OFF_TRIE       # what it was allowed holds until its name is looked up again
         where.epoch = current_epoch()
     elif fd_path(fd, path, sizeof(path)) > 0:
-        where = path_place(path)
+        where = path_place(path, &n.where)
     n.where = where
     return where
 
 
 cdef int node_allowed(node *n, int fd, uint16_t needed) noexcept nogil:
-    """0, or -EACCES if the whitelist lacks one of the needed types for a node; `fd` is a descriptor of it."""
+    """0 if a node, of which `fd` is a descriptor, is allowed all the needed types; -EACCES, -EROFS or -ENOENT: `refusal`."""
     cdef place where = _current_place(n, fd)
-    cdef uint16_t missing = needed & ~where.allowed
-    if missing:
-        count_denial(missing)
-        return -EACCES
-    return 0
+    return refusal(where.allowed, needed)
 
 
 cdef int child_allowed(session *s, node *parent, const uint8_t *name, size_t length, uint16_t needed,
                        place *out) noexcept nogil:
     """The same for a name below a pinned directory; `out` gets its place. Always -EROFS on a read-only session."""
     cdef place where = _current_place(parent, parent.fd)
-    cdef uint16_t missing
     where = child_place(&where, name, length)
-    missing = needed & ~where.allowed
     if out != NULL:
         out[0] = where
-    if s.read_only:
-        return -EROFS
-    if missing:
-        count_denial(missing)
-        return -EACCES
-    return 0
+    return -EROFS if s.read_only else refusal(where.allowed, needed)

@@ -22,6 +22,8 @@ cdef struct request:
     size_t reply_bytes              # set by the operation
     uint8_t *scratch                # SCRATCH_BYTES of the worker, for directory blocks and the like
     bint repeated                   # an idempotent request that was executed before
+    bint may_wait                   # it came on the event channel: DEFERRED is allowed
+    bint keep_reply                 # set by the operation: executing it again would not give the same
 
 cdef enum:
     SCRATCH_BYTES = 65536 + 4096

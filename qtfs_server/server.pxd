@@ -1,38 +1,16 @@
 """Connections, the shared epoll, worker threads."""
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 
-from qtfs_common.transport cimport channel, message
+from qtfs_common.transport cimport message
+from qtfs_server.connection cimport connection
 from qtfs_server.dispatch cimport counters
 from qtfs_server.identity cimport identity
-from qtfs_server.includes.linux cimport pthread_mutex_t
 from qtfs_server.session cimport session
 
 cdef enum source_kind:              # what an epoll event comes from
     SOURCE_CONNECTION = 1
     SOURCE_LISTENER = 2
     SOURCE_STOP = 3
-
-cdef enum connection_state:
-    STATE_NEW = 0                   # HELLO must come
-    STATE_GREETED = 1               # AUTHENTICATE must come
-    STATE_TRUSTED = 2               # MOUNT or ATTACH must come
-    STATE_SLOT = 3
-    STATE_EVENT = 4
-
-cdef struct connection:
-    int kind
-    channel ch
-    int state
-    bint needs_authentication
-    uint8_t client_nonce[32]
-    uint8_t server_nonce[32]
-    session *s                      # a counted reference
-    uint32_t slot
-    int64_t since_us
-    int64_t partial_since_us        # when a worker first saw the message that is not whole yet; 0: none
-    pthread_mutex_t send_guard      # event channel: replies come from several threads. Taken below session.guard
-    connection *next
-    connection *previous
 
 cdef struct listener:
     int kind

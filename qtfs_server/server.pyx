@@ -4,7 +4,7 @@ All workers wait on one epoll. A connection is armed EPOLLONESHOT, so the worker
 executes and answers, looks a little longer for the next request (waking an idle core costs more than a whole request),
 and arms it again. Only session messages (HELLO, MOUNT, …) touch Python.
 
-Lock order: _connections_guard, session.guard, connection.send_guard.
+Lock order: _connections_guard, session.guard, session.outbox_guard.
 Who owns what: a connection belongs to the worker that holds its one-shot event; others may only shutdown(2) it, under
 session.guard (attached ones) or _connections_guard, which its owner takes before it frees it.
 """
@@ -15,16 +15,21 @@ from libc.string cimport memcpy, memset
 
 from qtfs_common.protocol cimport *
 from qtfs_common.transport cimport WAIT_READABLE, channel, lend_buffers, message, now_us, park, socket_channel_init
+from qtfs_server.connection cimport STATE_EVENT, STATE_GREETED, STATE_NEW, STATE_SLOT, STATE_TRUSTED, connection
 from qtfs_server.dispatch cimport SLOT_BUSY, counters, execute, execute_in_slot
+from qtfs_server.events cimport event_acknowledged, event_answered, event_attached, event_pong, event_reply
 from qtfs_server.identity cimport identity_init
-from qtfs_server.includes.linux cimport atomic_add_int, atomic_load_int, close, pthread_mutex_destroy, \
-    pthread_mutex_init, pthread_mutex_lock, pthread_mutex_trylock, pthread_mutex_t, pthread_mutex_unlock
+from qtfs_server.includes.linux cimport AT_FDCWD, O_CLOEXEC, O_DIRECTORY, O_PATH, RESOLVE_NO_MAGICLINKS, SYS_openat2, \
+    atomic_add_int, atomic_load_int, close, open_how, pthread_mutex_init, pthread_mutex_lock, \
+    pthread_mutex_t, pthread_mutex_unlock, syscall
+from qtfs_server.openers cimport abandon_openings, cancel_opening
 from qtfs_server.operations.locks cimport abandon_waits, cancel_wait, queue_for_locks, set_answer, \
     stop_waiting_for_locks, wait_for_locks
 from qtfs_server.policy cimport ALLOW_MOUNT, path_place, place, count_denial
-from qtfs_server.request cimport DEFERRED, MALFORMED, SCRATCH_BYTES
+from qtfs_server.request cimport DEFERRED, MALFORMED, SCRATCH_BYTES, request
 from qtfs_server.nodes cimport root_enter
 from qtfs_server.session cimport session, session_new, session_unref, set_farewell
+from qtfs_server.streams cimport abandon_stream_waits, end_streams, stop_watching_streams, stream_cancel, watch_streams
 from qtfs_server cimport descriptors as descriptors_module
 
 import hmac
@@ -37,6 +42,7 @@ import struct
 from qtfs_common import auth
 from qtfs_common.addresses import tune_socket
 from qtfs_common.protocol import OPERATION_NAMES
+from qtfs_server.mount_watch import watch_mounts
 
 cdef extern from "<sys/epoll.h>" nogil:
     enum:
@@ -68,19 +74,8 @@ cdef extern from "<sys/socket.h>" nogil:
         SOCK_NONBLOCK
         SHUT_RD
         SHUT_RDWR
-        MSG_NOSIGNAL
     int accept4(int, void *, void *, int)
     int shutdown(int, int)
-    ssize_t send(int, const void *, size_t, int)
-
-cdef extern from "<poll.h>" nogil:
-    struct pollfd:
-        int fd
-        short events
-        short revents
-    enum:
-        POLLOUT
-    int poll(pollfd *, unsigned long, int)
 
 cdef extern from "<sched.h>" nogil:
     int sched_yield()
@@ -94,8 +89,6 @@ cdef enum:
     SPIN_US = 200                   # how long to look for the next request; below 100 it costs more than it gains
     SPIN_CREDIT = 16                # fruitless spins until a worker stops spinning for a while
     PARTIAL_WAIT_US = 10000         # how long workers wait for the rest of a message that is on its way
-    SENDING_POLL_US = 20
-    EVENT_SEND_TIMEOUT_MS = 5000    # an event channel whose peer does not read is cut
     EXECUTING_POLL_US = 1000
     UNATTACHED_TIMEOUT_US = 60000000
 
@@ -121,7 +114,6 @@ cdef connection *_connection_new(int fd, bint needs_authentication) noexcept nog
     c.needs_authentication = needs_authentication
     c.since_us = now_us()
     socket_channel_init(&c.ch, fd)
-    pthread_mutex_init(&c.send_guard, NULL)
     pthread_mutex_lock(&_connections_guard)
     c.next = _connections
     if _connections != NULL:
@@ -152,14 +144,14 @@ cdef void _leave_session(connection *c) noexcept nogil:
         return
     pthread_mutex_lock(&s.guard)
     if c.state == STATE_EVENT and s.event == c:
+        pthread_mutex_lock(&s.outbox_guard)
         s.event = NULL
+        pthread_mutex_unlock(&s.outbox_guard)
     elif c.state == STATE_SLOT and s.slot_table[c.slot].connection == c:
         s.slot_table[c.slot].connection = NULL
     s.connections -= 1
     s.idle_since_us = now_us()
     pthread_mutex_unlock(&s.guard)
-    pthread_mutex_lock(&c.send_guard)       # an answer of another thread may be on its way
-    pthread_mutex_unlock(&c.send_guard)
     c.s = NULL
     session_unref(s)
 
@@ -168,96 +160,105 @@ cdef void _connection_free(connection *c) noexcept nogil:
     _leave_session(c)
     _unlist(c)
     c.ch.ops.close(&c.ch)
-    pthread_mutex_destroy(&c.send_guard)
     free(c)
     atomic_add_int(&_connection_count, -1)
     atomic_add_int(&descriptors_module.descriptors, -1)
 
 
-# ---- the event channel's replies -----------------------------------------------------------------------------------
+# ---- event channels ----------------------------------------------------------------------------------------------------
 
-cdef bint _send_all(int fd, const uint8_t *data, size_t size) noexcept nogil:
-    """Send a short message whole, whatever thread we are on; False if the peer does not take it."""
-    cdef pollfd writable
-    cdef ssize_t sent
-    while size > 0:
-        sent = send(fd, data, size, MSG_NOSIGNAL)
-        if sent > 0:
-            data += sent
-            size -= sent
-            continue
-        if errno == EINTR:
-            continue
-        writable.fd = fd
-        writable.events = POLLOUT
-        if errno != EAGAIN or poll(&writable, 1, EVENT_SEND_TIMEOUT_MS) <= 0:
-            return False
-    return True
-
-
-cdef void _event_reply(connection *c, uint16_t op, uint64_t tag, int error) noexcept nogil:
-    """Reply without a body on an event channel. The caller owns the connection or holds its send_guard."""
-    cdef header head
-    memset(&head, 0, sizeof(head))
-    head.length = sizeof(header)
-    head.op = op
-    head.flags = MESSAGE_REPLY
-    head.error = -error
-    head.tag = tag
-    head.slot = EVENT_SLOT
-    if not _send_all(c.ch.fd, <const uint8_t *>&head, sizeof(head)):
-        shutdown(c.ch.fd, SHUT_RDWR)
-
-
-cdef void _own_event_reply(connection *c, uint16_t op, uint64_t tag, int error) noexcept nogil:
-    pthread_mutex_lock(&c.send_guard)
-    _event_reply(c, op, tag, error)
-    pthread_mutex_unlock(&c.send_guard)
-
-
-cdef connection *_event_sender(session *s) noexcept nogil:
-    """The event channel of a session, its send_guard ours; NULL: there is none.
-
-    Who sends may take its time, or need the GIL: session.guard, which others want with the GIL, is not held meanwhile.
-    """
-    cdef connection *c = NULL
-    cdef bint ours = False
-    while not ours:
-        pthread_mutex_lock(&s.guard)
-        c = <connection *>s.event
-        ours = c == NULL or pthread_mutex_trylock(&c.send_guard) == 0
-        pthread_mutex_unlock(&s.guard)
-        if not ours:
-            usleep(SENDING_POLL_US)
-    return c
+cdef void _open_events(connection *c) noexcept:
+    """From now on other threads send on this connection."""
+    cdef session *s = c.s
+    pthread_mutex_lock(&s.guard)
+    pthread_mutex_lock(&s.outbox_guard)
+    s.event = c
+    event_attached(s)
+    pthread_mutex_unlock(&s.outbox_guard)
+    pthread_mutex_unlock(&s.guard)
 
 
 cdef void _answer_wait(session *s, uint64_t tag, int error) noexcept nogil:
-    """Reply to a SETLKW from whatever thread. Without an event channel the client will ask again."""
-    cdef connection *c = _event_sender(s)
-    if c != NULL:
-        _event_reply(c, OP_SETLKW, tag, error)
-        pthread_mutex_unlock(&c.send_guard)
+    """Reply to a SETLKW, from whatever thread."""
+    event_reply(s, OP_SETLKW, tag, error, NULL, 0)
 
 
-cdef int _serve_event(worker *w, connection *c, const message *msg) noexcept nogil:
-    """One message of an event channel. 0 or -EPROTO."""
-    cdef size_t ignored = 0
+cdef int _execute_event(worker *w, session *s, const message *msg) noexcept nogil:
+    """A request that may have to wait. 0 or -EPROTO."""
+    cdef request r
     cdef int result
-    if msg.head.op == OP_PING and msg.body_bytes == 0:
-        _own_event_reply(c, OP_PING, msg.head.tag, 0)
-        return 0
-    if msg.head.op == OP_CANCEL and msg.body_bytes == 0:
-        cancel_wait(c.s, msg.head.tag)
-        return 0
-    if msg.head.op != OP_SETLKW:
-        return -EPROTO
-    result = execute(c.s, &w.me, w.scratch, &w.count, msg, False, w.outbox, BUFFER_BYTES, &ignored)
+    if event_answered(s, msg.head.op, msg.head.tag):
+        return 0                        # it comes again over a fresh connection, and so does its answer
+    r.s = s
+    r.me = &w.me
+    r.scratch = w.scratch
+    r.reply = w.outbox
+    r.reply_room = BUFFER_BYTES
+    r.repeated = False
+    r.may_wait = True
+    result = execute(&r, &w.count, msg)
     if result == MALFORMED:
         return -EPROTO
     if result != DEFERRED:
-        _own_event_reply(c, OP_SETLKW, msg.head.tag, result)
+        event_reply(s, msg.head.op, msg.head.tag, result, w.outbox, r.reply_bytes)
     return 0
+
+
+cdef bint _enter_event(session *s, connection *c) noexcept nogil:
+    """Wait until no other message is being executed. False: the session has a fresh event channel.
+
+    What was left unread on the old one has come again there, and may have been answered and confirmed: then nobody
+    would know any more that it comes late.
+    """
+    cdef bint busy = True
+    cdef bint current = True
+    while busy and current:
+        pthread_mutex_lock(&s.guard)
+        current = s.event == c
+        busy = s.event_busy
+        if current and not busy:
+            s.event_busy = True
+        pthread_mutex_unlock(&s.guard)
+        if busy and current:
+            usleep(EXECUTING_POLL_US)
+    return current
+
+
+cdef void _leave_event(session *s) noexcept nogil:
+    pthread_mutex_lock(&s.guard)
+    s.event_busy = False
+    pthread_mutex_unlock(&s.guard)
+
+
+cdef int _serve_event(worker *w, connection *c, const message *msg) noexcept nogil:
+    """One message of an event channel. 0, or -errno to close it."""
+    cdef int result
+    if not _enter_event(c.s, c):
+        return -ESTALE
+    result = _execute_event_message(w, c, msg)
+    _leave_event(c.s)
+    return result
+
+
+cdef int _execute_event_message(worker *w, connection *c, const message *msg) noexcept nogil:
+    """0 or -EPROTO."""
+    event_acknowledged(c.s, msg.head.sequence)
+    if msg.head.op == OP_PING and msg.body_bytes == 0:
+        event_pong(c.s, msg.head.tag)
+    elif msg.head.op == OP_CANCEL and msg.body_bytes == 0:
+        if not stream_cancel(c.s, msg.head.tag) and not cancel_opening(c.s, msg.head.tag):
+            cancel_wait(c.s, msg.head.tag)
+    elif msg.head.op in (OP_SETLKW, OP_OPEN, OP_READ, OP_WRITE, OP_RELEASE):
+        return _execute_event(w, c.s, msg)
+    else:
+        return -EPROTO
+    return 0
+
+
+cdef void _farewell(session *s) noexcept nogil:
+    """The session is about to be freed."""
+    abandon_waits(s)
+    end_streams(s)
 
 
 # ---- slot channels ---------------------------------------------------------------------------------------------------
@@ -451,7 +452,8 @@ class Refused(Exception):
 
 
 cdef class Server:
-    """All that the engine's threads share. Threads are the caller's: each runs `work` or `wait_for_locks`."""
+    """All that the engine's threads share. Threads are the caller's: each runs `work`, `wait_for_locks` or
+    `watch_streams`."""
 
     def __cinit__(self):
         self.epoll_fd = self.stop_fd = self.spare_fd = -1
@@ -467,7 +469,7 @@ cdef class Server:
         descriptors_module.descriptor_limit = descriptor_limit
         _spinning_at_most = max(1, (os.cpu_count() or 1) // 2)
         set_answer(_answer_wait)
-        set_farewell(abandon_waits)
+        set_farewell(_farewell)
         self.epoll_fd = epoll_create1(EPOLL_CLOEXEC)
         self.stop_fd = eventfd(0, EFD_CLOEXEC)
         self.spare_fd = eventfd(0, EFD_CLOEXEC)
@@ -516,12 +518,22 @@ cdef class Server:
         with nogil:
             queue_for_locks()
 
+    def watch_streams(self) -> None:
+        """Body of the thread that serves whatever waits for FIFOs, devices and pseudo files; returns after `stop`."""
+        with nogil:
+            watch_streams()
+
+    def watch_mounts(self) -> None:
+        """Body of the thread that follows the mount table and lets mounts go; returns after `stop`."""
+        watch_mounts(self.stop_fd)
+
     def stop(self) -> None:
         """Let every thread finish what it is executing and return."""
         cdef uint64_t one = 1
         self.stopping = True
         write(self.stop_fd, &one, sizeof(one))
         stop_waiting_for_locks()
+        stop_watching_streams()
 
     # ---- session messages ----
 
@@ -553,11 +565,10 @@ cdef class Server:
         except Exception:
             log.exception("a session message could not be answered")
             return -EPROTO
-        try:
-            return _reply(c, msg.head.op, msg.head.tag, error, reply)
-        finally:
-            if msg.head.op == OP_ATTACH and c.state == STATE_EVENT:
-                pthread_mutex_unlock(&c.send_guard)
+        cdef int sent = _reply(c, msg.head.op, msg.head.tag, error, reply)
+        if c.state == STATE_EVENT and msg.head.op == OP_ATTACH:
+            _open_events(c)
+        return sent
 
     cdef bytes _hello(self, connection *c, bytes body):
         """Agree on a version. A peer with no version in common gets EPROTONOSUPPORT and, in the body, what we speak."""
@@ -599,7 +610,9 @@ cdef class Server:
             os.close(fd)
             raise MemoryError
         s.read_only = flags & MOUNT_READ_ONLY
-        cdef int error = root_enter(s, fd, path_place(<const char *>real))
+        s.watches_mounts = flags & MOUNT_WATCH
+        s.lets_root_go = flags & MOUNT_LET_GO
+        cdef int error = root_enter(s, fd, path_place(<const char *>real, NULL))
         if error < 0:
             session_unref(s)
             raise Refused(-error)
@@ -628,13 +641,9 @@ cdef class Server:
         c.slot = slot
         c.ch.limit = MAX_MESSAGE
         pthread_mutex_lock(&s.guard)
-        if slot == EVENT_SLOT:
-            pthread_mutex_lock(&c.send_guard)   # until the reply to ATTACH is out: others' answers come after it
-            older = <connection *>s.event
-            s.event = c
-        else:
-            older = <connection *>s.slot_table[slot].connection
-            s.slot_table[slot].connection = c
+        older = <connection *>(s.event if slot == EVENT_SLOT else s.slot_table[slot].connection)
+        if slot != EVENT_SLOT:
+            s.slot_table[slot].connection = c   # the event channel follows once it has its reply, _open_events
         if older != NULL:
             shutdown(older.ch.fd, SHUT_RDWR)
         s.connections += 1
@@ -651,6 +660,7 @@ cdef class Server:
             return 0
         log.info("session %016x: ended", s.id)
         pthread_mutex_lock(&s.guard)
+        s.ended = True
         for slot in range(s.slots + 1):
             c = <connection *>(s.event if slot == s.slots else s.slot_table[slot].connection)
             if c != NULL:
@@ -658,6 +668,8 @@ cdef class Server:
         pthread_mutex_unlock(&s.guard)
         with nogil:
             abandon_waits(s)
+            abandon_openings(s)
+            abandon_stream_waits(s)
             session_unref(s)
         return 0
 
@@ -725,13 +737,20 @@ def _unpack(layout: str, body: bytes) -> tuple:
 
 
 def _open_source(path: bytes) -> int:
-    """Open the directory a client wants to mount, if the whitelist has it. EPERM comes before ENOENT tells anything."""
-    try:
-        fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
+    """Open the directory a client wants to mount, if the whitelist has it. EPERM comes before ENOENT tells anything.
+
+    Magic links are not followed: /proc/PID/root/home is not the /home that the whitelist means.
+    """
+    cdef open_how how
+    memset(&how, 0, sizeof(how))
+    how.flags = O_PATH | O_DIRECTORY | O_CLOEXEC
+    how.resolve = RESOLVE_NO_MAGICLINKS
+    cdef int fd = <int>syscall(SYS_openat2, AT_FDCWD, <const char *>path, &how, sizeof(how))
+    if fd < 0:
+        error = errno
         # Through the symbolic links, as the open went: what lies behind one is not for everybody to find out.
         _check_mount(os.path.realpath(path))
-        raise Refused(error.errno) from None
+        raise Refused(error)
     try:
         _check_mount(os.fsencode(os.readlink(f"/proc/self/fd/{fd}")))
     except Refused:
@@ -741,7 +760,7 @@ def _open_source(path: bytes) -> int:
 
 
 def _check_mount(path: bytes) -> None:
-    if not path_place(<const char *>path).allowed & ALLOW_MOUNT:
+    if not path_place(<const char *>path, NULL).allowed & ALLOW_MOUNT:
         count_denial(ALLOW_MOUNT)
         # count_denial warns once; a client that tries again and again must not fill the log.
         log.info("whitelist: %s may not be mounted: it is not in [Mount]", os.fsdecode(path))

@@ -1,6 +1,6 @@
-"""What the server keeps of one mount: nodes, handles, slots, lock owners.
+"""What the server keeps of one mount: nodes, handles, slots, lock owners, what its event channel has to send.
 
-Lock order: the guard of the list of all sessions, session.guard, then nothing. Both are held for table look-ups only, never over a system call that may block.
+Lock order: the guard of the list of all sessions, session.guard, session.outbox_guard, then nothing. Both are held for table look-ups only, never over a system call that may block.
 A pinned node or handle stays what it is until it is unpinned; whoever unpins an ended handle last closes it.
 """
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
@@ -21,6 +21,9 @@ cdef enum:                          # node.flags
     NODE_RECENT = 2                 # used since the eviction hand last came by
     NODE_REVIVE_BY_PATH = 4         # node.revive is a path, not a file handle
     NODE_PATHLESS = 8               # opened by file handle: the kernel may not know its path
+    NODE_WARM = 16                  # used since the last look at those that hold mounts
+    NODE_LISTED = 32                # its index stands in session.holders; it belongs to the index, not to the node
+    NODE_USED = NODE_RECENT | NODE_WARM
 
 cdef struct node:
     uint64_t ino
@@ -43,6 +46,9 @@ cdef enum:                          # handle.flags
     HANDLE_ENDED = 4                # released; closed when its last pin goes
     HANDLE_DIRECTORY = 8
     HANDLE_APPEND = 16              # writes go to the end unless they say otherwise
+    HANDLE_STREAM = 32              # a FIFO or character device: read(2), write(2), O_NONBLOCK
+    HANDLE_POLLABLE = 64            # POLL may say something else than "always ready"
+    HANDLE_NAMES_ONLY = 128         # a directory whose entries' attributes nobody may trust for a moment
 
 cdef struct handle:
     int32_t fd
@@ -53,19 +59,34 @@ cdef struct handle:
     uint32_t flags
     node *node                      # lives as long as the handle
     int64_t position                # directories: the d_off at which fd stands
+    void *stream                    # what waits for it and watches it (streams.pxd); NULL: nothing ever did
 
 cdef struct device:                 # one mount of the server, as far as this session has met it
-    uint64_t mount_id
+    uint64_t mount_id               # from Linux 6.8 on never used again: STATX_MNT_ID_UNIQUE
     uint64_t number                 # st_dev
-    int32_t mount_fd                # for open_by_handle_at; -1: not opened yet, -2: impossible
+    uint32_t listed_id              # the mount's number in /proc/self/mountinfo
+    uint32_t nodes                  # records of nodes that lie on it
+    int32_t mount_fd                # for open_by_handle_at; -1: not open
+    uint32_t mount_users            # who uses mount_fd just now
+    int64_t f_type                  # of statfs(2)
+    uint16_t shield                 # where the session meets it, among the protections: policy.shield_of
     bint uncached                   # a pseudo file system
+    bint warm                       # mount_fd was used since the last look
+    bint known                      # was there when the mount table was last asked for
+    bint gone                       # unmounted: the entry serves again once no node lies on it
 
 cdef struct slot:
     uint64_t sequence               # the last one executed
     void *connection                # who may use the slot now
     int32_t busy                    # a worker executes a request of it
     uint32_t saved_bytes
+    uint32_t saved_room
     uint8_t *saved                  # reply to it, if it must not be executed twice
+
+cdef struct outgoing:               # a message for the event channel; its bytes follow
+    outgoing *next
+    uint64_t number                 # that the client acknowledges; 0: it need not arrive
+    size_t size
 
 cdef struct session:
     uint64_t id
@@ -75,8 +96,20 @@ cdef struct session:
     int32_t connections
     bint ended
     bint read_only
+    bint watches_mounts             # is told when the mount table changes
+    bint lets_root_go               # the root's mount is not held either
     int64_t idle_since_us           # when the last connection went
-    void *event                     # connection of the event channel
+    void *event                     # connection of the event channel; changes under both guards
+    bint event_busy                 # a message of it, or of the one before, is being executed
+    pthread_mutex_t outbox_guard    # the event channel's output (events.pyx)
+    outgoing *outbox                # in order: sent and not acknowledged, then not sent
+    outgoing **outbox_end
+    outgoing *unsent                # the first that is not all gone
+    size_t unsent_at                # how much of it is
+    size_t outbox_bytes
+    uint64_t event_number           # of the last message that has to arrive
+    bint outbox_blocked             # listed among those that wait for room
+    session *next_blocked
     uint32_t slots
     slot *slot_table
     uint32_t salt                   # generations begin here: ids of different sessions never meet
@@ -94,6 +127,9 @@ cdef struct session:
     uint32_t handles_used
     device *devices
     uint32_t device_count
+    uint32_t *holders               # indexes of nodes whose descriptors hold mounts that are to be let go
+    uint32_t holder_count
+    uint32_t holder_room
     void *lock_owners               # list of locked_files.pxd, under its guard
     session *next                   # of all there are
     session *previous
@@ -101,9 +137,11 @@ cdef struct session:
 ctypedef void (*session_function)(session *) noexcept nogil
 
 cdef session *session_new(uint64_t id, const uint8_t *secret, uint32_t salt, uint32_t slots) noexcept nogil
+cdef bint session_hold(session *s) noexcept nogil
 cdef void session_unref(session *s) noexcept nogil
 cdef void set_farewell(session_function farewell) noexcept nogil
 cdef session *session_fullest() noexcept nogil
+cdef session *session_after(session *s) noexcept nogil
 cdef node *node_at(session *s, uint32_t index) noexcept nogil
 cdef handle *handle_at(session *s, uint32_t index) noexcept nogil
 cdef void **grown_chunks(void **chunks, uint32_t count, size_t item_bytes) noexcept nogil

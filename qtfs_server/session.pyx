@@ -65,7 +65,9 @@ cdef session *session_new(uint64_t id, const uint8_t *secret, uint32_t salt, uin
     s.slots = slots
     s.node_count = s.handle_count = 1
     s.references = 1
+    s.outbox_end = &s.outbox
     pthread_mutex_init(&s.guard, NULL)
+    pthread_mutex_init(&s.outbox_guard, NULL)
     _list(s)
     return s
 
@@ -97,6 +99,7 @@ cdef void _free_handles(session *s) noexcept nogil:
 
 cdef void _session_free(session *s) noexcept nogil:
     """Close and free everything; nobody holds the session any more."""
+    cdef outgoing *message
     cdef uint32_t i
     _free_handles(s)
     _free_nodes(s)
@@ -105,9 +108,15 @@ cdef void _session_free(session *s) noexcept nogil:
     for i in range(s.slots):
         free(s.slot_table[i].saved)
     free(s.devices)
+    free(s.holders)
     free(s.slot_table)
     free(s.buckets)
+    while s.outbox != NULL:
+        message = s.outbox
+        s.outbox = message.next
+        free(message)
     pthread_mutex_destroy(&s.guard)
+    pthread_mutex_destroy(&s.outbox_guard)
     free(s)
 
 
@@ -115,6 +124,14 @@ cdef void set_farewell(session_function farewell) noexcept nogil:
     """Set who lets go of what waits and of POSIX locks in a session's name before it is freed."""
     global _farewell
     _farewell = farewell
+
+
+cdef bint session_hold(session *s) noexcept nogil:
+    """Take a reference, unless the last one is gone and somebody is about to free the session."""
+    if atomic_add_int(&s.references, 1) > 1:
+        return True
+    atomic_add_int(&s.references, -1)
+    return False
 
 
 cdef void session_unref(session *s) noexcept nogil:
@@ -161,8 +178,21 @@ cdef session *session_fullest() noexcept nogil:
             most = s.open_nodes
             found = s
         s = s.next
-    if found != NULL and atomic_add_int(&found.references, 1) == 1:
-        atomic_add_int(&found.references, -1)   # somebody is about to free it, once we let go of the list
-        found = NULL
+    if found != NULL and not session_hold(found):
+        found = NULL                    # it will be freed once we let go of the list
     pthread_mutex_unlock(&_all_guard)
+    return found
+
+
+cdef session *session_after(session *s) noexcept nogil:
+    """Go through all sessions, the newest first: give back the reference to one and get one to the next. NULL: begin, end."""
+    cdef session *found
+    pthread_mutex_lock(&_all_guard)
+    found = s.next if s != NULL else _all
+    while found != NULL and atomic_add_int(&found.references, 1) == 1:
+        atomic_add_int(&found.references, -1)   # as above
+        found = found.next
+    pthread_mutex_unlock(&_all_guard)
+    if s != NULL:
+        session_unref(s)
     return found

@@ -21,6 +21,9 @@ class MountError(QtfsError):
 class Driver(Protocol):
     """One mount. The calls come in this order, all but `unmount` from the thread that made the driver."""
 
+    #: Whether it can show the server's mounts as mounts of their own.
+    propagates: bool
+
     def __init__(self, options: MountOptions, engine: Engine, connection: Connection, ticket: Ticket) -> None:
         """Take over slot 0 of a session, past MOUNT."""
 

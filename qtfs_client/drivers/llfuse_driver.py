@@ -26,6 +26,7 @@ import functools
 import importlib
 import logging
 import os
+import stat
 import subprocess
 import sys
 import threading
@@ -35,6 +36,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from qtfs_client.connection import Engine, Ticket
 from qtfs_client.drivers import MountError, mount_options
+from qtfs_client.drivers.fuse3.callers import wants_to_open
 from qtfs_client.options import DEFAULT_MAX_READ, MountOptions
 from qtfs_client.remote import (
     MAX_GROUPS,
@@ -50,6 +52,7 @@ from qtfs_client.remote import (
     Time,
 )
 from qtfs_client.sessions import Session
+from qtfs_common.special import concerned
 from qtfs_common.transport import Connection
 
 
@@ -86,6 +89,7 @@ _LARGEST_ERRNO = 511
 _JOIN_S = 0.2
 _MNT_DETACH = 2
 _HANDLE_WRITABLE = 1
+_OPENED_BY_THE_KERNEL = frozenset((stat.S_IFIFO, stat.S_IFCHR, stat.S_IFBLK))
 _CAPABILITY = b"security.capability"
 #: Nodes that are remembered to have none.
 _UNCAPABLE_AT_MOST = 1024
@@ -198,10 +202,11 @@ class _Forgetter:
 class _Operations(llfuse.Operations):
     """The handlers. Their names and arguments are llfuse's; see llfuse.Operations."""
 
-    def __init__(self, fs: RemoteFS, cache: str) -> None:
+    def __init__(self, fs: RemoteFS, cache: str, special: str) -> None:
         super().__init__()
         self._fs = fs
         self._cache = cache
+        self._special_remote = special == "remote"
         self._valid_s = _NAME_VALID_S[cache]
         self._forgetter = _Forgetter(fs)
         self._files: dict[int, _File] = {}
@@ -222,7 +227,8 @@ class _Operations(llfuse.Operations):
         """llfuse's record; the hooks put the inode number in, which llfuse takes for the node id."""
         made = llfuse.EntryAttributes()
         made.st_ino = node
-        made.attr_timeout = made.entry_timeout = 0 if flags & UNCACHED else self._valid_s
+        uncached = flags & UNCACHED or stat.S_IFMT(attr.mode) in _OPENED_BY_THE_KERNEL
+        made.attr_timeout = made.entry_timeout = 0 if uncached else self._valid_s
         made.st_mode, made.st_nlink, made.st_uid, made.st_gid = attr.mode, attr.nlink, attr.uid, attr.gid
         made.st_rdev, made.st_size, made.st_blocks, made.st_blksize = attr.rdev, attr.size, attr.blocks, attr.blksize
         made.st_atime_ns, made.st_mtime_ns, made.st_ctime_ns = attr.atime_ns, attr.mtime_ns, attr.ctime_ns
@@ -251,13 +257,25 @@ class _Operations(llfuse.Operations):
     @_handler
     def lookup(self, parent: int, name: bytes, ctx: Any) -> Any:
         try:
-            return self._entry(self._fs.lookup(parent, name, _caller(ctx)))
+            entry = self._fs.lookup(parent, name, _caller(ctx))
+            self._refuse_to_open_special(entry, ctx.pid)
+            return self._entry(entry)
         except FileNotFoundError:
             if self._cache != "always":
                 raise
             absent = llfuse.EntryAttributes()
             absent.st_ino, absent.entry_timeout = 0, _DAY_S
             return absent
+
+    def _refuse_to_open_special(self, entry: Entry, pid: int) -> None:
+        """The kernel would open a FIFO or device of the server here; and llfuse has no poll and no interrupts."""
+        if (
+            self._special_remote
+            and stat.S_IFMT(entry.attributes.mode) in _OPENED_BY_THE_KERNEL
+            and wants_to_open(pid)
+        ):
+            self._forgetter.add([(entry.node, 1)])
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
 
     def forget(self, lookups: list[tuple[int, int]]) -> None:
         self._forgetter.add(lookups)
@@ -530,6 +548,8 @@ def _detach_mountpoint(mountpoint: str) -> None:
 class LlfuseDriver:
     """One mount, see qtfs_client.drivers.Driver."""
 
+    propagates = False
+
     def __init__(self, options: MountOptions, engine: Engine, connection: Connection, ticket: Ticket) -> None:
         self._options = options
         self._workers = min(options.channels, ticket.slots)
@@ -542,7 +562,7 @@ class LlfuseDriver:
             timeout_s=options.timeout_s,
         )
         self._fs = RemoteFS(session)
-        self._operations = _Operations(self._fs, options.cache)
+        self._operations = _Operations(self._fs, options.cache, options.special)
         self._loop: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._guard = threading.Lock()  # of the two below
@@ -552,6 +572,10 @@ class LlfuseDriver:
     def mount(self) -> None:
         """Attach the file system to the mount point. Raises MountError."""
         mountpoint = self._options.mountpoint
+        ruled = concerned(self._options.rules, self._options.source)
+        if ruled:
+            path = os.fsdecode(b"/" + b"/".join(ruled[0].pattern))
+            raise MountError(f"{mountpoint}: a special rule is for {path}, and driver llfuse knows none: use driver=fuse3")
         hooks.allow_waking()
         with _captured_stderr() as complaint:
             try:

@@ -4,6 +4,7 @@ libfuse makes the mount and takes it down; the requests of /dev/fuse are read by
 Sources: fuse_lowlevel.h, fuse_log.h, mount.fuse3(8), setns(2).
 """
 from libc.errno cimport errno
+from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memset
 
 import os
@@ -26,8 +27,17 @@ cdef extern from "<stdarg.h>" nogil:
 cdef extern from "<stdio.h>" nogil:
     int vsnprintf(char *, size_t, const char *, va_list)
 
+cdef enum:
+    MAX_HANDLE_BYTES = 128          # MAX_HANDLE_SZ
+    FILEID_INO64_GEN = 0x81
+
 cdef extern from "<fcntl.h>" nogil:
+    struct file_handle:
+        unsigned int handle_bytes
+        int handle_type
+    int name_to_handle_at(int, const char *, file_handle *, int *, int)
     enum:
+        AT_FDCWD
         O_CLOEXEC
         O_DIRECTORY
         O_RDONLY
@@ -36,6 +46,12 @@ cdef extern from "<fcntl.h>" nogil:
 cdef extern from "<unistd.h>" nogil:
     int close(int)
     int syncfs(int)
+
+cdef extern from "<sys/mount.h>" nogil:
+    enum:
+        MNT_DETACH
+        UMOUNT_NOFOLLOW
+    int umount2(const char *, int)
 
 cdef extern from "<sched.h>" nogil:
     enum:
@@ -149,6 +165,45 @@ cdef class FuseMount:
             with nogil:
                 fuse_session_unmount(session)
                 fuse_session_destroy(session)
+
+
+    def abandon(self) -> None:
+        """End the file system where it still is, without looking for the mount point, which may be another's by now."""
+        cdef fuse_session *session
+        with self.lock:
+            session, self.session = self.session, NULL
+            if session != NULL:
+                with nogil:
+                    fuse_session_destroy(session)
+
+
+def detach(str mountpoint) -> None:
+    """umount2(2) with MNT_DETACH of whatever is mounted there. Raises OSError."""
+    cdef bytes path = os.fsencode(mountpoint)
+    cdef const char *text = path
+    cdef int status
+    with nogil:
+        status = umount2(text, MNT_DETACH | UMOUNT_NOFOLLOW)
+    if status < 0:
+        raise OSError(errno, os.strerror(errno), mountpoint)
+
+
+def node_of(str directory) -> int:
+    """The node id that the kernel has for a directory of a FUSE file system; 0: there is none.
+
+    It is in the file handle, FILEID_INO64_GEN of <linux/exportfs.h>: two words of the node, one of its generation.
+    """
+    cdef bytes path = os.fsencode(directory)
+    cdef const char *text = path
+    cdef uint32_t room[34]          # header and MAX_HANDLE_BYTES
+    cdef file_handle *found = <file_handle *>room
+    cdef int mount_id = 0, status
+    found.handle_bytes = MAX_HANDLE_BYTES
+    with nogil:
+        status = name_to_handle_at(AT_FDCWD, text, found, &mount_id, 0)
+    if status < 0 or found.handle_type != FILEID_INO64_GEN:
+        return 0
+    return <uint64_t>room[2] << 32 | room[3]
 
 
 def enter_mount_namespace(str namespace) -> None:

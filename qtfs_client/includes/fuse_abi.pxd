@@ -67,7 +67,11 @@ cdef enum:                          # opcodes
     FUSE_OPCODES = 64               # table size, not an opcode
 
 cdef enum:                          # error field of a message that answers nothing
+    FUSE_NOTIFY_POLL = 1
     FUSE_NOTIFY_INVAL_INODE = 2
+    FUSE_NOTIFY_INVAL_ENTRY = 3
+    FUSE_NOTIFY_STORE = 4
+    FUSE_EXPIRE_ONLY = 1            # fuse_notify_inval_entry_out.flags
 
 cdef enum:                          # INIT flags
     FUSE_ASYNC_READ = 1 << 0
@@ -95,7 +99,9 @@ cdef enum:                          # INIT flags2: bits 32 and up of the header'
 cdef enum:                          # fuse_open_out.open_flags
     FOPEN_DIRECT_IO = 1 << 0
     FOPEN_KEEP_CACHE = 1 << 1
+    FOPEN_NONSEEKABLE = 1 << 2
     FOPEN_CACHE_DIR = 1 << 3
+    FOPEN_STREAM = 1 << 4
     FOPEN_PARALLEL_DIRECT_WRITES = 1 << 6
 
 cdef enum:
@@ -105,6 +111,7 @@ cdef enum:
     FUSE_SETXATTR_ACL_KILL_SGID = 1 << 0
     FUSE_FSYNC_FDATASYNC = 1 << 0
     FUSE_RELEASE_FLOCK_UNLOCK = 1 << 1
+    FUSE_POLL_SCHEDULE_NOTIFY = 1 << 0
     FUSE_WRITE_CACHE = 1 << 0
     FUSE_WRITE_KILL_SUIDGID = 1 << 2
     FUSE_IOCTL_COMPAT = 1 << 0
@@ -248,6 +255,20 @@ cdef struct fuse_write_in:          # the data follows
     uint32_t flags
     uint32_t padding
 
+cdef struct fuse_write_out:
+    uint32_t size
+    uint32_t padding
+
+cdef struct fuse_poll_in:
+    uint64_t fh
+    uint64_t kh                     # names the open file in a notification
+    uint32_t flags
+    uint32_t events
+
+cdef struct fuse_poll_out:
+    uint32_t revents
+    uint32_t padding
+
 cdef struct fuse_fsync_in:
     uint64_t fh
     uint32_t fsync_flags
@@ -323,10 +344,21 @@ cdef struct fuse_statx_in:
     uint32_t sx_flags
     uint32_t sx_mask
 
+cdef struct fuse_notify_inval_entry_out:    # the name and a NUL follow
+    uint64_t parent
+    uint32_t namelen
+    uint32_t flags
+
 cdef struct fuse_notify_inval_inode_out:
     uint64_t ino
     int64_t off                     # negative: attributes only
     int64_t len
+
+cdef struct fuse_notify_store_out:  # the data follows
+    uint64_t nodeid
+    uint64_t offset
+    uint32_t size
+    uint32_t padding
 
 # What a reply's first words mean to the kernel; on the wire they are node_flags and zeros (protocol.pxd).
 

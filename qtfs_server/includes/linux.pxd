@@ -25,6 +25,7 @@ cdef extern from "<fcntl.h>" nogil:
         AT_EACCESS
         AT_NO_AUTOMOUNT
         O_ACCMODE
+        F_GETFL
         F_SETFL
         O_APPEND
         O_CLOEXEC
@@ -79,6 +80,10 @@ cdef extern from "<sys/stat.h>" nogil:
         S_IFREG
         S_IFDIR
         S_IFLNK
+        S_IFIFO
+        S_IFCHR
+        S_IFBLK
+        S_IFSOCK
         S_ISGID
         S_ISUID
         STATX_BASIC_STATS
@@ -143,6 +148,8 @@ cdef extern from "<unistd.h>" nogil:
     int symlinkat(const char *, int, const char *)
     int unlinkat(int, const char *, int)
     int64_t lseek(int, int64_t, int)
+    ssize_t read(int, void *, size_t)
+    ssize_t write(int, const void *, size_t)
     ssize_t pread(int, void *, size_t, int64_t)
     ssize_t pwrite(int, const void *, size_t, int64_t)
     ssize_t readlinkat(int, const char *, char *, size_t)
@@ -229,7 +236,6 @@ cdef extern from "<pthread.h>" nogil:
     int pthread_mutex_init(pthread_mutex_t *, void *)
     int pthread_mutex_destroy(pthread_mutex_t *)
     int pthread_mutex_lock(pthread_mutex_t *)
-    int pthread_mutex_trylock(pthread_mutex_t *)
     int pthread_mutex_unlock(pthread_mutex_t *)
     int pthread_cond_init(pthread_cond_t *, void *)
     int pthread_cond_broadcast(pthread_cond_t *)
@@ -239,6 +245,13 @@ cdef extern from "<pthread.h>" nogil:
 
 cdef extern from "<signal.h>" nogil:
     int pthread_kill(pthread_t, int)
+
+cdef extern from "<sys/eventfd.h>" nogil:
+    enum:
+        EFD_CLOEXEC
+        EFD_NONBLOCK
+    int eventfd(unsigned int, int)
+    int eventfd_write(int, uint64_t)
 
 cdef packed struct linux_dirent64:  # getdents64(2); the name follows, NUL-terminated
     uint64_t d_ino
@@ -251,12 +264,16 @@ cdef extern from *:
     #ifndef STATX_MNT_ID
     #define STATX_MNT_ID 0x00001000U
     #endif
+    #ifndef STATX_MNT_ID_UNIQUE
+    #define STATX_MNT_ID_UNIQUE 0x00004000U
+    #endif
     #define qtfs_atomic_add(p, n) __atomic_add_fetch((p), (n), __ATOMIC_RELAXED)
     #define qtfs_atomic_load(p) __atomic_load_n((p), __ATOMIC_ACQUIRE)
     #define qtfs_atomic_store(p, v) __atomic_store_n((p), (v), __ATOMIC_RELEASE)
     """
     enum:
         STATX_MNT_ID
+        STATX_MNT_ID_UNIQUE
     int32_t atomic_add_int "qtfs_atomic_add"(int32_t *, int32_t) nogil
     uint64_t atomic_add_u64 "qtfs_atomic_add"(uint64_t *, uint64_t) nogil
     int32_t atomic_load_int "qtfs_atomic_load"(int32_t *) nogil

@@ -3,7 +3,7 @@
 Sources: getdents64(2), telldir(3), <linux/fuse.h> (struct fuse_dirent, struct fuse_direntplus).
 """
 from libc.errno cimport EINVAL, ENOTDIR, errno
-from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset, strlen
 
 from qtfs_common.protocol cimport MAX_PAYLOAD, OPENED_UNCACHED, direntry, direntry_bytes, direntry_plus, entry, \
@@ -11,13 +11,13 @@ from qtfs_common.protocol cimport MAX_PAYLOAD, OPENED_UNCACHED, direntry, dirent
 from qtfs_server.identity cimport act_as_root
 from qtfs_server.includes.linux cimport AT_FDCWD, O_CLOEXEC, O_DIRECTORY, O_NONBLOCK, O_RDONLY, S_IFDIR, \
     SYS_getdents64, linux_dirent64, lseek, openat, syscall
-from qtfs_server.policy cimport ALLOW_READDIR
+from qtfs_server.policy cimport ALLOW_LOOK, ALLOW_READDIR, child_place, may_hide_names, place
 from qtfs_server.request cimport MALFORMED, SCRATCH_BYTES, as_caller, request
 from qtfs_server.attributes cimport lies_on_pseudo
 from qtfs_server.descriptors cimport descriptors_short, proc_path
 from qtfs_server.handles cimport handle_new, handle_pin, handle_unpin
 from qtfs_server.nodes cimport node_allowed, node_enter, node_hold, node_pin, node_unpin
-from qtfs_server.session cimport HANDLE_DIRECTORY, handle, node
+from qtfs_server.session cimport HANDLE_DIRECTORY, HANDLE_NAMES_ONLY, handle, node
 
 cdef extern from "<unistd.h>" nogil:
     enum:
@@ -33,6 +33,7 @@ cdef int op_opendir(request *r) noexcept nogil:
     cdef char link[32]
     cdef node *n = NULL
     cdef uint64_t id = 0
+    cdef bint pseudo
     cdef int fd, error
     if r.body_bytes != sizeof(open_request):
         return MALFORMED
@@ -40,12 +41,13 @@ cdef int op_opendir(request *r) noexcept nogil:
     if error < 0:
         return error
     error = node_allowed(n, n.fd, ALLOW_READDIR) if n.type == S_IFDIR else -ENOTDIR
+    pseudo = lies_on_pseudo(r.s, n)
     if error == 0:
         proc_path(link, n.fd)
         as_caller(r)
         fd = openat(AT_FDCWD, link, O_RDONLY | O_DIRECTORY | O_CLOEXEC)
-        error = -errno if fd < 0 else handle_new(r.s, n, fd, HANDLE_DIRECTORY, &id)
-        out.flags = OPENED_UNCACHED if lies_on_pseudo(r.s, n) else 0
+        error = -errno if fd < 0 else handle_new(r.s, n, fd, HANDLE_DIRECTORY | (HANDLE_NAMES_ONLY if pseudo else 0), &id)
+        out.flags = OPENED_UNCACHED if pseudo else 0
     node_unpin(r.s, n)
     if error == 0:
         out.handle = id
@@ -78,13 +80,21 @@ cdef size_t _put(request *r, handle *h, bint plus, const linux_dirent64 *d, size
         return 0
     memset(at, 0, fixed)
     memset(at + size - 8, 0, 8)
-    # Without a descriptor to spare, without search permission, or in a repetition (whose first run has counted already)
-    # an entry is its name only: the client looks it up.
-    if plus and not r.repeated and not _is_dot(name) and not descriptors_short():
+    # On a pseudo file system, without a descriptor to spare, without search permission, or in a repetition (whose first run
+    # has counted already) an entry is its name only: the client looks it up.
+    if plus and not h.flags & HANDLE_NAMES_ONLY and not r.repeated and not _is_dot(name) and not descriptors_short():
         if node_enter(r.s, h.node, name, name_bytes, <entry *>at) < 0:
             memset(at, 0, sizeof(entry))
     _put_name(at + fixed - sizeof(direntry), d, name, name_bytes, <uint64_t>h.node.device << 48)
     return size
+
+
+cdef bint _is_hidden(const place *directory, const char *name) noexcept nogil:
+    cdef place where
+    if not may_hide_names(directory) or _is_dot(name):
+        return False
+    where = child_place(directory, <const uint8_t *>name, strlen(name))
+    return not where.allowed & ALLOW_LOOK
 
 
 cdef bint _put_block(request *r, handle *h, const readdir_request *body, size_t length) noexcept nogil:
@@ -93,6 +103,10 @@ cdef bint _put_block(request *r, handle *h, const readdir_request *body, size_t 
     cdef linux_dirent64 *d
     while at < length:
         d = <linux_dirent64 *>(r.scratch + at)
+        if _is_hidden(&h.node.where, <const char *>d + sizeof(linux_dirent64)):
+            h.position = d.d_off
+            at += d.d_reclen
+            continue
         size = _put(r, h, body.plus != 0, d, body.size - r.reply_bytes)
         if size == 0:
             return False

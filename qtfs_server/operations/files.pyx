@@ -1,10 +1,12 @@
 """open, create, tmpfile, read, write, release, flush, fsync, fallocate, lseek, copy_file_range, ioctl.
 
+FIFOs and devices branch off to streams.pyx.
+
 Sources: open(2), openat(2), pread(2), copy_file_range(2), fallocate(2), ioctl_iflags(2), <linux/fs.h>.
 """
-from libc.errno cimport EACCES, EBADF, EEXIST, EINVAL, EISDIR, ELOOP, ENOENT, ENOTTY, ENXIO, EROFS, ESTALE, errno
+from libc.errno cimport EACCES, EBADF, EEXIST, EINVAL, EISDIR, ELOOP, ENOENT, ENOTTY, EROFS, ESPIPE, ESRCH, ESTALE, errno
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memset
 
 from qtfs_common.protocol cimport KILL_PRIVILEGES, MAX_NAME, MAX_PAYLOAD, OPENED_CHANGED, OPENED_UNCACHED, RELEASE_FLOCK, \
     WRITE_APPEND, WRITE_AT_OFFSET, copy_request, count_reply, create_reply, create_request, entry, fallocate_request, \
@@ -14,16 +16,19 @@ from qtfs_server.identity cimport act_as, act_as_root, drop_fsetid
 from qtfs_server.includes.linux cimport AT_EACCESS, AT_EMPTY_PATH, AT_FDCWD, F_SETFL, O_ACCMODE, O_APPEND, O_CLOEXEC, \
     O_CREAT, O_DSYNC, O_EXCL, O_NOATIME, O_NOCTTY, O_NOFOLLOW, O_NONBLOCK, O_PATH, O_RDONLY, O_SYNC, O_TMPFILE, O_TRUNC, \
     RWF_APPEND, S_IFDIR, S_IFLNK, S_IFREG, SYS_faccessat2, close, copy_file_range, dup, fallocate, fcntl, fdatasync, \
-    fsync, ioctl, iovec, lseek, openat, pread, pwrite, pwritev2, statx_t, syscall, umask
+    fsync, ioctl, iovec, lseek, openat, pread, pwrite, pwritev2, read, statx_t, syscall, umask, write
 from qtfs_server.operations.locks cimport drop_locks, end_handle_locks
+from qtfs_server.operations.ourselves cimport moves_ourselves
+from qtfs_server.operations.streams cimport is_special, open_special, read_stream, write_stream
 from qtfs_server.policy cimport ALLOW_CREATE, ALLOW_OPEN, ALLOW_READ, ALLOW_SETATTR, ALLOW_WRITE, place
-from qtfs_server.request cimport MALFORMED, as_caller, request, take_name
+from qtfs_server.request cimport DEFERRED, MALFORMED, as_caller, request, take_name
 from qtfs_server.attributes cimport lies_on_pseudo, signature, stat_fd
 from qtfs_server.descriptors cimport proc_path
 from qtfs_server.handles cimport handle_end, handle_new, handle_pin, handle_unpin
 from qtfs_server.nodes cimport child_allowed, node_allowed, node_enter, node_enter_fd, node_forget, node_pin, \
     node_unpin
-from qtfs_server.session cimport HANDLE_APPEND, HANDLE_WRITABLE, handle, node, session
+from qtfs_server.session cimport HANDLE_APPEND, HANDLE_POLLABLE, HANDLE_STREAM, HANDLE_WRITABLE, handle, node, \
+    session
 
 cdef extern from "<unistd.h>" nogil:
     enum:
@@ -39,6 +44,20 @@ cdef enum:
     FS_IOC_SETFLAGS = 0x40086602
     FS_IOC_FSGETXATTR = 0x801c581f
     FS_IOC_FSSETXATTR = 0x401c5820
+    TCGETS2 = 0x802c542a
+    TCSETS2 = 0x402c542b
+    TCSETSF2 = 0x402c542d
+    TCXONC = 0x540a
+    TCFLSH = 0x540b
+    TIOCEXCL = 0x540c
+    TIOCNXCL = 0x540d
+    TIOCGPTN = 0x80045430
+    TIOCSPTLCK = 0x40045431
+    TIOCGDEV = 0x80045432
+    TIOCGPKT = 0x80045438
+    TIOCGPTLCK = 0x80045439
+    RNDGETENTCNT = 0x80045200
+    BLKGETSIZE64 = 0x80081272
 
 
 # ---- opening -----------------------------------------------------------------------------------------------------
@@ -70,14 +89,15 @@ cdef int _grant(request *r, node *n, int fd, uint32_t flags, open_reply *out) no
     if error < 0:
         close(fd)
         return error
-    out.flags = OPENED_UNCACHED if flags & O_APPEND or lies_on_pseudo(r.s, n) else 0
+    cdef bint on_pseudo = lies_on_pseudo(r.s, n)
+    out.flags = OPENED_UNCACHED if flags & O_APPEND or on_pseudo else 0
     if n.seen != signature(&st):
         out.flags |= OPENED_CHANGED
     if flags & O_APPEND:
         # Each WRITE says where it goes: pages of a mapping belong where they are, through this handle too. Files with
         # chattr +a insist on the flag, and keep it.
         fcntl(fd, F_SETFL, <int>(flags & (PASSED_FLAGS & ~(O_ACCMODE | O_APPEND))))
-    error = handle_new(r.s, n, fd, _handle_flags(flags), &id)
+    error = handle_new(r.s, n, fd, _handle_flags(flags) | (HANDLE_POLLABLE if on_pseudo else 0), &id)
     out.handle = id
     out.reserved = 0
     return error
@@ -88,7 +108,7 @@ cdef int _open_fd(request *r, node *n, uint32_t flags, uint32_t kill) noexcept n
     cdef char link[32]
     cdef int fd
     if n.type != S_IFREG:           # a FIFO, device or socket must never be opened here
-        return -EISDIR if n.type == S_IFDIR else (-ELOOP if n.type == S_IFLNK else -ENXIO)
+        return -EISDIR if n.type == S_IFDIR else -ELOOP
     proc_path(link, n.fd)
     as_caller(r)
     if flags & FOR_EXECUTION and (flags & O_ACCMODE) == O_RDONLY and r.who.uid != 0:
@@ -97,12 +117,16 @@ cdef int _open_fd(request *r, node *n, uint32_t flags, uint32_t kill) noexcept n
         act_as_root(r.me)           # to execute, a file need not be readable
     if kill & KILL_PRIVILEGES and r.who.uid == 0:
         drop_fsetid(r.me)
-    fd = openat(AT_FDCWD, link, (flags & (PASSED_FLAGS | O_TRUNC)) | O_CLOEXEC | O_NOCTTY)
+    # Files that the kernel makes up may wait for something to tell (trace_pipe); a worker must not.
+    fd = openat(AT_FDCWD, link, (flags & (PASSED_FLAGS | O_TRUNC)) | O_CLOEXEC | O_NOCTTY |
+                (O_NONBLOCK if lies_on_pseudo(r.s, n) else 0))
     return fd if fd >= 0 else -errno
 
 
 cdef int _open_node(request *r, node *n, uint32_t flags, uint32_t kill, open_reply *out) noexcept nogil:
     cdef int fd, error = node_allowed(n, n.fd, _needed(flags))
+    if error == 0 and is_special(n):
+        return open_special(r, n, flags, out)       # which a read-only mount lets pass, as mount(2) does
     if error == 0 and r.s.read_only and _writes(flags):
         error = -EROFS
     if error < 0:
@@ -113,7 +137,7 @@ cdef int _open_node(request *r, node *n, uint32_t flags, uint32_t kill, open_rep
 
 
 cdef int op_open(request *r) noexcept nogil:
-    """OPEN: open_request → open_reply."""
+    """OPEN: open_request → open_reply. A FIFO may have to wait."""
     cdef open_request *body = <open_request *>r.body
     cdef node *n = NULL
     cdef int error
@@ -249,6 +273,12 @@ cdef int op_tmpfile(request *r) noexcept nogil:
 
 # ---- data --------------------------------------------------------------------------------------------------------
 
+cdef ssize_t _read(const handle *h, uint8_t *data, size_t size, uint64_t offset) noexcept nogil:
+    """pread(2); of a file that knows no offsets, what comes next."""
+    cdef ssize_t got = pread(h.fd, data, size, offset)
+    return read(h.fd, data, size) if got < 0 and errno == ESPIPE else got
+
+
 cdef int op_read(request *r) noexcept nogil:
     """READ: read_request → data; fewer bytes than asked only at the end of the file."""
     cdef read_request *body = <read_request *>r.body
@@ -261,11 +291,14 @@ cdef int op_read(request *r) noexcept nogil:
     if error < 0:
         return error
     error = node_allowed(h.node, h.fd, ALLOW_READ)
-    if error == 0:
-        got = pread(h.fd, r.reply, body.size, body.offset)
+    if error == 0 and h.flags & HANDLE_STREAM:
+        error = read_stream(r, h, body)
+    elif error == 0:
+        got = _read(h, r.reply, body.size, body.offset)
         error = -errno if got < 0 else 0
         r.reply_bytes = max(got, 0)
-    handle_unpin(r.s, h)
+    if error != DEFERRED:
+        handle_unpin(r.s, h)
     return error
 
 
@@ -280,11 +313,14 @@ cdef void _as_writer(request *r, uint32_t kill) noexcept nogil:
 cdef ssize_t _write(const handle *h, uint8_t *data, const write_request *body) noexcept nogil:
     """write(2) at the offset or, atomically, at the end of the file, wherever that is by now. As pwrite(2)."""
     cdef iovec part
+    cdef ssize_t done
     if not body.flags & WRITE_APPEND and (not h.flags & HANDLE_APPEND or body.flags & WRITE_AT_OFFSET):
-        return pwrite(h.fd, data, body.size, body.offset)
-    part.iov_base = data
-    part.iov_len = body.size
-    return pwritev2(h.fd, &part, 1, 0, RWF_APPEND)
+        done = pwrite(h.fd, data, body.size, body.offset)
+    else:
+        part.iov_base = data
+        part.iov_len = body.size
+        done = pwritev2(h.fd, &part, 1, 0, RWF_APPEND)
+    return write(h.fd, data, body.size) if done < 0 and errno == ESPIPE else done   # as in _read
 
 
 cdef int op_write(request *r) noexcept nogil:
@@ -299,13 +335,18 @@ cdef int op_write(request *r) noexcept nogil:
     if error < 0:
         return error
     error = node_allowed(h.node, h.fd, ALLOW_WRITE)
-    if error == 0:
+    if error == 0 and moves_ourselves(r.s, h, r.body + sizeof(write_request), body.size):
+        error = -ESRCH              # who is meant is not a process of this machine
+    if error == 0 and h.flags & HANDLE_STREAM:
+        error = write_stream(r, h, r.body + sizeof(write_request), body)
+    elif error == 0:
         _as_writer(r, body.flags)
         done = _write(h, r.body + sizeof(write_request), body)
         error = -errno if done < 0 else 0
         (<count_reply *>r.reply).count = max(done, 0)
         r.reply_bytes = sizeof(count_reply)
-    handle_unpin(r.s, h)
+    if error != DEFERRED:
+        handle_unpin(r.s, h)
     return error
 
 
@@ -342,7 +383,7 @@ cdef int op_flush(request *r) noexcept nogil:
         node_unpin(r.s, n)
     if error < 0:
         return error
-    if h.flags & HANDLE_WRITABLE:
+    if h.flags & HANDLE_WRITABLE and not h.flags & HANDLE_STREAM:
         fd = dup(h.fd)
         if fd < 0 or close(fd) < 0:
             error = -errno
@@ -445,35 +486,71 @@ cdef int op_copy_file_range(request *r) noexcept nogil:
 
 # ---- ioctl -------------------------------------------------------------------------------------------------------
 
-cdef int _ioctl_size(uint32_t command, bint *changes) noexcept nogil:
-    """Bytes that an allowed command reads or writes, or -ENOTTY."""
-    changes[0] = command == FS_IOC_SETFLAGS or command == FS_IOC_FSSETXATTR
-    if command == FS_IOC_GETFLAGS or command == FS_IOC_SETFLAGS:
-        return sizeof(int32_t)      # <linux/fs.h>: the command says long, the kernel transfers an int
-    if command == FS_IOC_FSGETXATTR or command == FS_IOC_FSSETXATTR:
-        return 28                   # struct fsxattr
-    return -ENOTTY
+cdef struct ioctl_row:
+    uint32_t command
+    uint16_t in_bytes
+    uint16_t out_bytes
+    bint of_device                  # only of a FIFO or device, which is named if it is open
+    bint changes                    # needs Setattr
+    bint with_argument              # its argument is a number, not a pointer
+
+# What the numbers of <linux/fs.h>, <asm-generic/ioctls.h> and <linux/random.h> say of their arguments is all that a FUSE
+# client can carry: commands like TCGETS or BLKGETSIZE do not tell their sizes, and those with pointers inside cannot cross.
+cdef ioctl_row[18] _ioctls
+_ioctls[0] = ioctl_row(FS_IOC_GETFLAGS, 0, sizeof(int32_t), False, False, False)
+_ioctls[1] = ioctl_row(FS_IOC_SETFLAGS, sizeof(int32_t), 0, False, True, False)
+_ioctls[2] = ioctl_row(FS_IOC_FSGETXATTR, 0, 28, False, False, False)              # struct fsxattr
+_ioctls[3] = ioctl_row(FS_IOC_FSSETXATTR, 28, 0, False, True, False)
+_ioctls[4] = ioctl_row(TCGETS2, 0, 44, True, False, False)             # struct termios2
+_ioctls[5] = ioctl_row(TCSETS2, 44, 0, True, False, False)
+_ioctls[6] = ioctl_row(TCSETSF2, 44, 0, True, False, False)
+_ioctls[7] = ioctl_row(TCXONC, 0, 0, True, False, True)
+_ioctls[8] = ioctl_row(TCFLSH, 0, 0, True, False, True)
+_ioctls[9] = ioctl_row(TIOCEXCL, 0, 0, True, False, False)
+_ioctls[10] = ioctl_row(TIOCNXCL, 0, 0, True, False, False)
+_ioctls[11] = ioctl_row(TIOCGPTN, 0, 4, True, False, False)
+_ioctls[12] = ioctl_row(TIOCSPTLCK, 4, 0, True, False, False)
+_ioctls[13] = ioctl_row(TIOCGPTLCK, 0, 4, True, False, False)
+_ioctls[14] = ioctl_row(TIOCGPKT, 0, 4, True, False, False)
+_ioctls[15] = ioctl_row(TIOCGDEV, 0, 4, True, False, False)
+_ioctls[16] = ioctl_row(RNDGETENTCNT, 0, 4, True, False, False)
+_ioctls[17] = ioctl_row(BLKGETSIZE64, 0, 8, True, False, False)
 
 
-cdef int _ioctl(request *r, handle *h, size_t size, bint changes) noexcept nogil:
+cdef const ioctl_row *_find_ioctl(uint32_t command) noexcept nogil:
+    """The row of a command; NULL: it is not served."""
+    cdef int i
+    for i in range(18):
+        if _ioctls[i].command == command:
+            return &_ioctls[i]
+    return NULL
+
+
+cdef int _ioctl(request *r, handle *h, const ioctl_row *row) noexcept nogil:
     cdef ioctl_request *body = <ioctl_request *>r.body
     cdef ioctl_reply *out = <ioctl_reply *>r.reply
-    cdef uint64_t room[4]
-    cdef int error = node_allowed(h.node, h.fd, ALLOW_SETATTR) if changes else 0
-    if error == 0 and changes and r.s.read_only:
+    cdef uint64_t room[8]
+    cdef size_t size
+    cdef int error = node_allowed(h.node, h.fd, ALLOW_SETATTR) if row.changes else 0
+    if row.of_device and not is_special(h.node):
+        return -ENOTTY
+    if error == 0 and row.changes and r.s.read_only:
         error = -EROFS
     if error < 0:
         return error
-    room[0] = 0
-    if changes:
-        memcpy(room, r.body + sizeof(ioctl_request), min(size, <size_t>body.in_size))
+    memset(room, 0, sizeof(room))
+    memcpy(room, r.body + sizeof(ioctl_request), row.in_bytes)
     as_caller(r)
-    out.result = ioctl(h.fd, body.command, room)
+    if row.with_argument:
+        out.result = ioctl(h.fd, row.command, <unsigned long>body.argument)
+    else:
+        out.result = ioctl(h.fd, row.command, room)
     if out.result < 0:
         return -errno
     out.reserved = 0
     r.reply_bytes = sizeof(ioctl_reply)
-    if not changes:
+    if row.out_bytes > 0:
+        # FS_IOC_GETFLAGS says long and transfers an int: the caller's kernel wants what it says.
         size = min(sizeof(room), <size_t>body.out_size)
         memcpy(r.reply + sizeof(ioctl_reply), room, size)
         r.reply_bytes += size
@@ -481,21 +558,21 @@ cdef int _ioctl(request *r, handle *h, size_t size, bint changes) noexcept nogil
 
 
 cdef int op_ioctl(request *r) noexcept nogil:
-    """IOCTL: ioctl_request, in data → ioctl_reply, out data. Inode flags and project ids; every other is ENOTTY."""
+    """IOCTL: ioctl_request, in data → ioctl_reply, out data. Those of the table; every other is ENOTTY."""
     cdef ioctl_request *body = <ioctl_request *>r.body
+    cdef const ioctl_row *row
     cdef handle *h = NULL
-    cdef bint changes = False
-    cdef int size, error
+    cdef int error
     if r.body_bytes < sizeof(ioctl_request) or r.body_bytes != sizeof(ioctl_request) + <size_t>body.in_size:
         return MALFORMED
-    size = _ioctl_size(body.command, &changes)
-    if size < 0:
-        return size
-    if changes and body.in_size < <uint32_t>size or not changes and body.out_size < <uint32_t>size:
+    row = _find_ioctl(body.command)
+    if row == NULL:
+        return -ENOTTY
+    if body.in_size < row.in_bytes or body.out_size < row.out_bytes:
         return -EINVAL
     error = handle_pin(r.s, body.handle, &h)
     if error < 0:
         return error
-    error = _ioctl(r, h, size, changes)
+    error = _ioctl(r, h, row)
     handle_unpin(r.s, h)
     return error

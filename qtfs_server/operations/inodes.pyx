@@ -7,8 +7,8 @@ from libc.errno cimport E2BIG, EACCES, EINVAL, ENODATA, EOPNOTSUPP, EPERM, ERANG
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset, strlen, strncmp
 
-from qtfs_common.protocol cimport KILL_PRIVILEGES, MAX_NAME, MAX_PATH, MAX_XATTR, SET_ATIME, SET_ATIME_NOW, SET_GID, \
-    SET_HANDLE, SET_KILL_PRIVILEGES, SET_MODE, SET_MTIME, SET_MTIME_NOW, SET_SIZE, SET_UID, access_request, \
+from qtfs_common.protocol cimport KILL_PRIVILEGES, MAX_NAME, MAX_PATH, MAX_XATTR, NODE_ALIAS, SET_ATIME, SET_ATIME_NOW, \
+    SET_GID, SET_HANDLE, SET_KILL_PRIVILEGES, SET_MODE, SET_MTIME, SET_MTIME_NOW, SET_SIZE, SET_UID, access_request, \
     attributes_reply, count_reply, getattr_request, setattr_request, statfs_reply, statx_reply, statx_request, \
     timestamp, xattr_request
 from qtfs_server.identity cimport act_as_root, drop_fsetid
@@ -16,9 +16,11 @@ from qtfs_server.includes.linux cimport AT_EACCESS, AT_EMPTY_PATH, AT_FDCWD, AT_
     O_DIRECTORY, O_RDONLY, S_IFLNK, STATX_BASIC_STATS, STATX_BTIME, SYS_faccessat2, UTIME_NOW, UTIME_OMIT, close, \
     fchmodat, fchownat, fstatfs, ftruncate, getxattr, listxattr, openat, readlinkat, removexattr, setxattr, statfs_t, \
     statx, statx_t, statx_timestamp, syncfs, syscall, timespec, truncate, utimensat
+from qtfs_server.operations.ourselves cimport link_not_ours
+from qtfs_server.operations.streams cimport is_special, show_as_stream
 from qtfs_server.policy cimport ALLOW_SETATTR, ALLOW_SETXATTR, ALLOW_WRITE
 from qtfs_server.request cimport MALFORMED, as_caller, copy_text, request
-from qtfs_server.attributes cimport node_stat
+from qtfs_server.attributes cimport lies_on_proc, node_stat
 from qtfs_server.descriptors cimport proc_path
 from qtfs_server.handles cimport handle_pin, handle_unpin
 from qtfs_server.nodes cimport node_allowed, node_pin, node_unpin
@@ -32,8 +34,11 @@ cdef enum:
 # ---- attributes --------------------------------------------------------------------------------------------------
 
 cdef int _stat_reply(request *r, node *n, int fd) noexcept nogil:
+    cdef int error = node_stat(r.s, n, fd, <attributes_reply *>r.reply)
+    if error == 0 and r.who.node & NODE_ALIAS and is_special(n):
+        show_as_stream(r, n, <attributes_reply *>r.reply)
     r.reply_bytes = sizeof(attributes_reply)
-    return node_stat(r.s, n, fd, <attributes_reply *>r.reply)
+    return error
 
 
 cdef int op_getattr(request *r) noexcept nogil:
@@ -71,16 +76,17 @@ cdef void _fill_statx(const statx_t *st, const attributes_reply *plain, statx_re
     out.nlink = st.stx_nlink
     out.uid = st.stx_uid
     out.gid = st.stx_gid
-    out.mode = st.stx_mode
+    out.mode = <uint16_t>plain.attr.mode
     out.ino = plain.attr.ino
-    out.size = st.stx_size
+    out.size = plain.attr.size
     out.blocks = st.stx_blocks
     _timestamp(&st.stx_atime, &out.atime)
     _timestamp(&st.stx_btime, &out.btime)
     _timestamp(&st.stx_ctime, &out.ctime)
     _timestamp(&st.stx_mtime, &out.mtime)
-    out.rdev_major = st.stx_rdev_major
-    out.rdev_minor = st.stx_rdev_minor
+    if plain.attr.rdev != 0:
+        out.rdev_major = st.stx_rdev_major
+        out.rdev_minor = st.stx_rdev_minor
 
 
 cdef int op_statx(request *r) noexcept nogil:
@@ -96,6 +102,8 @@ cdef int op_statx(request *r) noexcept nogil:
     if error < 0:
         return error
     error = node_stat(r.s, n, n.fd, &plain)
+    if error == 0 and r.who.node & NODE_ALIAS and is_special(n):
+        show_as_stream(r, n, &plain)
     if error == 0 and statx(n.fd, b"", AT_EMPTY_PATH | AT_NO_AUTOMOUNT | (body.statx_flags & 0x6000),
                             STATX_BASIC_STATS | STATX_BTIME, &st) < 0:
         error = -errno
@@ -195,7 +203,7 @@ cdef int op_setattr(request *r) noexcept nogil:
 
 
 cdef int op_readlink(request *r) noexcept nogil:
-    """READLINK: nothing → the target."""
+    """READLINK: nothing → the target. Where it would be the engine's own process, see link_not_ours."""
     cdef node *n = NULL
     cdef ssize_t length
     cdef int error
@@ -210,6 +218,8 @@ cdef int op_readlink(request *r) noexcept nogil:
     as_caller(r)
     length = readlinkat(n.fd, b"", <char *>r.reply, MAX_PATH)
     error = -errno if length < 0 else 0
+    if length > 0 and lies_on_proc(r.s, n):
+        length = link_not_ours(<char *>r.reply, length)
     node_unpin(r.s, n)
     r.reply_bytes = max(length, 0)
     return error

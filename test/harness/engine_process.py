@@ -66,13 +66,19 @@ class EngineProcess:
         workers: int = 4,
         limits: Sequence[str] = (),
         plain: bool = False,
+        special: str = "",
+        within: Sequence[str] = (),
     ) -> None:
-        """`plain`: the very command, without the socket that tells its figures; `limits`: options of prlimit(1)."""
+        """`special`: the text of special.toml; `plain`: the very command, without the socket that tells its figures.
+
+        `limits`: options of prlimit(1); `within`: a command that becomes the engine, unshare(1) for example.
+        """
         self.area = area
         self.share = area / "share"
         self.share.mkdir(parents=True, exist_ok=True)
         self.run_dir = area / "run"
         self.whitelist = area / "whitelist"
+        self.special = area / "special.toml"
         self.log_path = area / "engine.log"
         self.listen = f"unix://{area}/engine.sock" if transport == "unix" else "tcp://127.0.0.1:0"
         self.workers = workers
@@ -81,7 +87,9 @@ class EngineProcess:
         self._address: Address | None = None
         self._plain = plain
         self._limits = limits
+        self.within = within
         self._allowed: list[re.Pattern[str]] = []
+        self.special.write_text(special)
         self.allow(everything_below(self.share) if rules is None else rules)
 
     # ---- life
@@ -119,7 +127,9 @@ class EngineProcess:
         limit = ["prlimit", *self._limits] if self._limits else []
         listen = str(self._address) if self._address else self.listen
         options = ["--listen", listen, "--whitelist", str(self.whitelist), "--run-dir", str(self.run_dir)]
-        return [*limit, sys.executable, *program, *options, "--workers", str(self.workers), *self.arguments]
+        options += ["--special", str(self.special)]
+        options += ["--workers", str(self.workers), *self.arguments]
+        return [*self.within, *limit, sys.executable, *program, *options]
 
     def stop(self) -> None:
         """SIGTERM; the exit status must be 0. Harmless if it does not run."""
@@ -190,10 +200,12 @@ class EngineProcess:
         """Write the whitelist."""
         self.whitelist.write_text(whitelist_text(rules))
 
-    def reload(self, rules: Rules) -> None:
+    def reload(self, rules: Rules, special: str | None = None) -> None:
         """Write the whitelist and have it read. INFO is not logged, so the rules' epoch tells when that is done."""
         before = self.figures()["reloads"]
         self.allow(rules)
+        if special is not None:
+            self.special.write_text(special)
         assert self.process is not None
         self.process.send_signal(signal.SIGHUP)
         wait_until(lambda: self.figures()["reloads"] > before, "the whitelist to be read again")

@@ -68,6 +68,10 @@ def descriptor_count(pid: int) -> int:
     return len(os.listdir(f"/proc/{pid}/fd"))
 
 
+def thread_count(pid: int) -> int:
+    return len(os.listdir(f"/proc/{pid}/task"))
+
+
 @contextlib.contextmanager
 def nothing_left(area: str) -> Iterator[None]:
     """Fail if mounts below `area`, processes of this run, or descriptors of ours outlive the body; then remove them."""

@@ -39,6 +39,8 @@ class MountProcess:
         self.source = source
         self.point = point
         self.options = ",".join(filter(None, (f"server={through or engine.address}", "foreground", options)))
+        #: What its point is unmounted with.
+        self.umount = ["umount", *(["-R"] if "propagate" in options.split(",") else [])]
         self.log_path = point.with_name(point.name + ".log")
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -85,7 +87,7 @@ class MountProcess:
         assert status == 0, f"mount.qtfs ended with {status}\n{self.log()}"
 
     def _unmounted(self) -> bool:
-        done = subprocess.run(["umount", self.point], capture_output=True, text=True, check=False)
+        done = subprocess.run([*self.umount, self.point], capture_output=True, text=True, check=False)
         assert done.returncode == 0 or "busy" in done.stderr, done.stderr
         return done.returncode == 0
 

@@ -21,10 +21,10 @@ _reloads = 0
 def _count_reloads() -> None:
     plain = engine._load_rules
 
-    def counted(path: Path) -> None:
+    def counted(options: engine.EngineOptions) -> None:
         global _reloads
         try:
-            plain(path)
+            plain(options)
         finally:
             _reloads += 1
 

@@ -50,16 +50,25 @@ class Slot:
 
 
 class EventChannel:
-    """The session's event channel: requests by tag, replies in any order."""
+    """The session's event channel: requests by tag, replies in any order.
 
-    def __init__(self, connection: Connection) -> None:
+    Each message confirms all that was received before, unless `confirms` is False.
+    """
+
+    def __init__(self, connection: Connection, seen: int = 0) -> None:
         self.connection = connection
+        self.seen = seen
+        self.confirms = True
 
     def send(self, op: str, body: bytes = b"", tag: int = 0) -> None:
-        self.connection.send(wire.message(OPERATIONS[op], body, slot=EVENT_SLOT, tag=tag), REPLY_TIMEOUT_S)
+        confirmed = self.seen if self.confirms else 0
+        data = wire.message(OPERATIONS[op], body, slot=EVENT_SLOT, sequence=confirmed, tag=tag)
+        self.connection.send(data, REPLY_TIMEOUT_S)
 
     def receive(self, timeout_s: float = REPLY_TIMEOUT_S) -> Reply:
-        return Reply._make(self.connection.receive(timeout_s))
+        reply = Reply._make(self.connection.receive(timeout_s))
+        self.seen = max(self.seen, reply.sequence)
+        return reply
 
     def ask(self, op: str, body: bytes = b"", tag: int = 0) -> int:
         """One request and its reply's errno."""
@@ -79,15 +88,20 @@ class Session:
         *,
         slots: int = 4,
         read_only: bool = False,
+        watch: bool = False,
+        let_go: bool = False,
         key: bytes | None = None,
         who: Who = ADMIN,
     ) -> None:
         self.address = parse_address(address) if isinstance(address, str) else address
         self.engine = Engine(self.address, key, REPLY_TIMEOUT_S)
         self.who = who
-        connection, self.ticket = self.engine.mount(os.fspath(source), read_only=read_only, slots=slots)
+        connection, self.ticket = self.engine.mount(
+            os.fspath(source), read_only=read_only, slots=slots, watch=watch, let_go=let_go
+        )
         self.slots: dict[int, Slot] = {0: Slot(0, connection)}
         self._event: EventChannel | None = None
+        self._seen = 0
 
     def __enter__(self) -> Session:
         return self
@@ -109,7 +123,7 @@ class Session:
     def event(self) -> EventChannel:
         if self._event is None:
             connection, _ = self.engine.attach(self.ticket, EVENT_SLOT)
-            self._event = EventChannel(connection)
+            self._event = EventChannel(connection, self._seen)
         return self._event
 
     def reattach(self, index: int = 0) -> Slot:
@@ -124,6 +138,7 @@ class Session:
         """Cut the event channel."""
         if self._event is not None:
             self._event.connection.close()
+            self._seen = self._event.seen
             self._event = None
 
     def disconnect(self) -> None:
@@ -276,12 +291,22 @@ class Session:
         body = self.call("TMPFILE", struct.pack("<IIII", flags, mode, 0, 0), node=parent, **options)
         return wire.entry(body), wire.opened(body, 128)
 
-    def read(self, handle: int, offset: int, size: int, **options: Any) -> bytes:
-        return self.call("READ", struct.pack("<QQII", handle, offset, size, 0), **options)
+    def read(self, handle: int, offset: int, size: int, flags: int = 0, **options: Any) -> bytes:
+        return self.call("READ", struct.pack("<QQII", handle, offset, size, flags), **options)
 
     def write(self, handle: int, offset: int, data: bytes, flags: int = 0, **options: Any) -> int:
         body = self.call("WRITE", struct.pack("<QQII", handle, offset, len(data), flags) + data, **options)
         return int(struct.unpack("<Q", body)[0])
+
+    def poll(self, handle: int, events: int, notify: int | None = None, **options: Any) -> int:
+        """What of `events` is ready; `notify` is the tag of the READY to come."""
+        return self.poll_and_count(handle, events, notify, **options)[0]
+
+    def poll_and_count(self, handle: int, events: int, notify: int | None = None, **options: Any) -> tuple[int, int]:
+        """What is ready, and how many bytes there are to read."""
+        body = struct.pack("<QQII", handle, notify or 0, events, notify is not None)
+        revents, available = struct.unpack("<II", self.call("POLL", body, **options))
+        return revents, available
 
     def release(self, handle: int, flags: int = 0, op: str = "RELEASE", **options: Any) -> None:
         self.call(op, struct.pack("<QQII", handle, 0, flags, 0), **options)

@@ -185,7 +185,7 @@ def test_deployment_lists_all_options_of_the_engine() -> None:
 
 def test_deployment_lists_our_mount_options() -> None:
     listed = set(re.findall(r"`(\w+)=?", first_cells(ROOT / "doc/deployment.md", "## 3. The client")))
-    words = {"foreground", "ro", "rw", "allow_other", "noallow_other", "allow_root"}
+    words = {"foreground", "propagate", "nopropagate", "ro", "rw", "allow_other", "noallow_other", "allow_root"}
     alternatives = {"llfuse", "auto", "always"}
     assert listed - alternatives == {*CLIENT_SCHEMA, "config", *words}
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from qtfs_client.options import MountExit, MountOptions, OptionError, parse_command_line, split_options
 from qtfs_common.addresses import TcpAddress, UnixAddress, VsockAddress
 from qtfs_common.errors import AddressError, ConfigError, QtfsError
+from qtfs_common.special import Action, Rule, process_rules
 
 ROOT_FLAGS = ("suid", "nodev")
 
@@ -55,6 +56,23 @@ def test_our_options(parse: Any) -> None:
     assert (found.server, found.driver, found.cache, found.timeout_s) == (TcpAddress("h", 9), "llfuse", "always", 2.5)
     assert (found.max_read, found.channels, found.key_file, found.run_dir) == (65536, 3, "/k", "/r")
     assert (found.log_level, found.foreground, found.read_only) == ("DEBUG", True, True)
+
+
+def test_special_rules_come_behind_those_of_proc(parse: Any, tmp_path: Path) -> None:
+    (tmp_path / "rules").write_text('[[rule]]\npath = "/proc/self"\naction = "hide"\n')
+    found = parse("-o", f"server=2,proc,local_proc=/p/,special_rules={tmp_path}/rules").rules
+    assert found == (*process_rules("/p"), Rule((b"proc", b"self"), Action.HIDE))
+    assert parse("-o", "server=2,proc").rules == process_rules("/local_proc")
+    assert parse("-o", "server=2,local_proc=/p").rules == ()
+    with pytest.raises(ConfigError, match="/nowhere: cannot read the rules: No such file"):
+        parse("-o", "server=2,special_rules=/nowhere")
+
+
+def test_propagation_is_for_root(parse: Any) -> None:
+    assert parse("-o", "server=2,propagate").propagate
+    assert not parse("-o", "server=2,propagate,nopropagate").propagate
+    with pytest.raises(OptionError, match="only root"):
+        parse("-o", "server=2,propagate", privileged=False)
 
 
 def test_flags_of_mount8(parse: Any) -> None:
@@ -243,9 +261,10 @@ def test_a_broken_configuration_is_reported_even_if_not_needed(parse: Any, confi
         ("", "no server given"),
         ("port=5", "no server given"),
         ("serve=2", "unknown option 'serve=2'"),
-        ("server=2,proc", "unknown option 'proc'"),
-        ("server=2,propagate", "unknown option 'propagate'"),
-        ("server=2,special=x", "unknown option 'special=x'"),
+        ("server=2,procs", "unknown option 'procs'"),
+        ("server=2,proc=1", "option 'proc' takes no value"),
+        ("server=2,local_proc=x", "option 'local_proc': 'x' is not an absolute path"),
+        ("server=2,special=x", "option 'special': 'x' is not one of remote, local"),
         ("server=2,lazy_cleanup", "unknown option 'lazy_cleanup'"),
         ("server=2,nosymfollow", "unknown option 'nosymfollow'"),
         ("server=2,remount,ro", "option 'remount'"),
@@ -278,8 +297,8 @@ def test_mistakes_in_options_are_named(parse: Any, options: str, reason: str) ->
 
 
 def test_sloppy_ignores_unknown_options_but_no_wrong_values(parse: Any) -> None:
-    found = parse("-s", "-o", "server=2,proc,serve=2,ro")
-    assert (found.ignored, found.read_only) == (("proc", "serve=2"), True)
+    found = parse("-s", "-o", "server=2,procs,serve=2,ro")
+    assert (found.ignored, found.read_only) == (("procs", "serve=2"), True)
     with pytest.raises(OptionError, match="option 'port'"):
         parse("-s", "-o", "server=2,port=x")
 

@@ -199,7 +199,7 @@ FIXED = {
     "GETATTR": 16, "SETATTR": 64, "READLINK": 0, "OPEN": 8, "READ": 24, "STATFS": 0, "RELEASE": 24, "FSYNC": 16,
     "LISTXATTR": 16, "FLUSH": 24, "OPENDIR": 8, "READDIR": 24, "RELEASEDIR": 24, "FSYNCDIR": 16, "GETLK": 48,
     "SETLK": 48, "ACCESS": 8, "TMPFILE": 16, "FALLOCATE": 32, "LSEEK": 24, "COPY_FILE_RANGE": 48, "STATX": 24,
-    "SYNCFS": 0,
+    "SYNCFS": 0, "POLL": 24, "LIST_MOUNTS": 16,
 }  # fmt: skip
 #: Those that a name or data follows: the least length, and a body that promises more than comes.
 OPEN_ENDED = {

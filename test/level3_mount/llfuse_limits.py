@@ -109,8 +109,19 @@ def _a_default_list_does_not_lift_the_umask(place: Place) -> None:
     assert modes(place.here) == [0o777, 0o750]
 
 
+def _fifos_are_not_opened(place: Place) -> None:
+    def run() -> Any:
+        os.mkfifo("f", 0o640)
+        kind = stat.S_ISFIFO(os.stat("f").st_mode)
+        return [kind, *(try_open("f", flags) for flags in (os.O_RDONLY | os.O_NONBLOCK, os.O_WRONLY, os.O_PATH))]
+
+    assert _there(place, run) == [True, "ENOTSUP", "ENOTSUP", "ENOTSUP"]
+    assert stat.S_ISFIFO((place.here / "f").stat().st_mode)
+
+
 #: Scenario: what holds with llfuse in its place.
 INSTEAD: dict[str, Callable[[Place], None]] = {
+    "fifos_keep_their_type": _fifos_are_not_opened,
     "rename_flags": _rename_knows_no_flags,
     "temporary_files_without_a_name": _no_file_without_a_name,
     "appending_does_not_concern_mappings": _append_files_cannot_be_mapped,

@@ -10,9 +10,10 @@ from qtfs_client.drivers.fuse3.state cimport CACHE_ALWAYS, CACHE_NONE, REQUEST_P
 from qtfs_client.includes.fuse_abi cimport FUSE_ASYNC_DIO, FUSE_ASYNC_READ, FUSE_ATOMIC_O_TRUNC, FUSE_AUTO_INVAL_DATA, \
     FUSE_BIG_WRITES, FUSE_CACHE_SYMLINKS, FUSE_DIRECT_IO_ALLOW_MMAP, FUSE_DO_READDIRPLUS, FUSE_DONT_MASK, \
     FUSE_FLOCK_LOCKS, FUSE_HANDLE_KILLPRIV_V2, FUSE_HAS_IOCTL_DIR, FUSE_INIT, FUSE_INIT_EXT, FUSE_MAJOR, FUSE_MAX_PAGES, \
-    FUSE_MINOR, FUSE_NOTIFY_INVAL_INODE, FUSE_OLDEST_MINOR, FUSE_PARALLEL_DIROPS, FUSE_POSIX_ACL, FUSE_POSIX_LOCKS, \
-    FUSE_READDIRPLUS_AUTO, FUSE_SETXATTR_EXT, fuse_in_header, fuse_init_in, fuse_init_out, fuse_notify_inval_inode_out, \
-    fuse_out_header
+    FUSE_MINOR, FUSE_EXPIRE_ONLY, FUSE_NOTIFY_INVAL_ENTRY, FUSE_NOTIFY_INVAL_INODE, FUSE_NOTIFY_STORE, \
+    FUSE_OLDEST_MINOR, FUSE_PARALLEL_DIROPS, FUSE_POSIX_ACL, FUSE_POSIX_LOCKS, FUSE_READDIRPLUS_AUTO, \
+    FUSE_SETXATTR_EXT, fuse_in_header, fuse_init_in, fuse_init_out, fuse_notify_inval_entry_out, \
+    fuse_notify_inval_inode_out, fuse_notify_store_out, fuse_out_header
 from qtfs_client.includes.linux cimport FUSE_DEV_IOC_CLONE, O_CLOEXEC, O_NONBLOCK, O_RDWR, close, ioctl, iovec, open, \
     read, writev
 
@@ -72,6 +73,33 @@ cdef void forget_cached_attributes(mount_state *m, uint64_t node) noexcept nogil
     write_reply(m.device, 0, FUSE_NOTIFY_INVAL_INODE, &what, sizeof(what), NULL, 0)
 
 
+cdef void expire_name(mount_state *m, uint64_t directory, const char *name, size_t name_bytes) noexcept nogil:
+    """Make the kernel look a NUL-terminated name up again before it trusts it; what stands there stays usable.
+
+    Kernels before 6.2 do not know the flag and drop the name. It waits for operations on the directory to end.
+    """
+    cdef fuse_notify_inval_entry_out what
+    what.parent = directory
+    what.namelen = <uint32_t>name_bytes
+    what.flags = FUSE_EXPIRE_ONLY
+    write_reply(m.device, 0, FUSE_NOTIFY_INVAL_ENTRY, &what, sizeof(what), name, name_bytes + 1)
+
+
+cdef void show_size(mount_state *m, uint64_t node, uint64_t size) noexcept nogil:
+    """Make the kernel believe that a node, which nobody caches, has at least that size.
+
+    It answers FIONREAD of what looks like a regular file from its own idea of the size. The byte that goes with this is
+    put into a page that direct I/O never looks at.
+    """
+    cdef fuse_notify_store_out what
+    cdef uint8_t nothing = 0
+    memset(&what, 0, sizeof(what))
+    what.nodeid = node
+    what.offset = size - 1
+    what.size = 1
+    write_reply(m.device, 0, FUSE_NOTIFY_STORE, &what, sizeof(what), &nothing, 1)
+
+
 # ---- INIT ----------------------------------------------------------------------------------------------------------
 
 cdef uint32_t _wanted_flags(mount_state *m) noexcept nogil:
@@ -79,9 +107,9 @@ cdef uint32_t _wanted_flags(mount_state *m) noexcept nogil:
     cdef uint32_t flags = (FUSE_ASYNC_READ | FUSE_BIG_WRITES | FUSE_ATOMIC_O_TRUNC | FUSE_POSIX_LOCKS |
                            FUSE_FLOCK_LOCKS | FUSE_DONT_MASK | FUSE_PARALLEL_DIROPS | FUSE_MAX_PAGES | FUSE_ASYNC_DIO |
                            FUSE_HANDLE_KILLPRIV_V2 | FUSE_SETXATTR_EXT | FUSE_HAS_IOCTL_DIR | FUSE_INIT_EXT)
-    if m.cache == CACHE_ALWAYS:
-        flags |= FUSE_CACHE_SYMLINKS
-    else:
+    if m.cache == CACHE_ALWAYS and m.rules == NULL:
+        flags |= FUSE_CACHE_SYMLINKS        # special rules have links that lead each caller elsewhere
+    if m.cache != CACHE_ALWAYS:
         flags |= FUSE_AUTO_INVAL_DATA
     if m.cache != CACHE_NONE:
         # Entries that expire at once are not worth looking up; and POSIX_ACL implies default_permissions.

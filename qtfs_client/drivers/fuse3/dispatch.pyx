@@ -2,31 +2,33 @@
 
 Most requests are relayed: translated, sent, and the reply handed on. Some need no server, or more than one exchange.
 """
-from libc.errno cimport EACCES, EAGAIN, EINVAL, EIO, ENODATA, ENOENT, ENOSYS, ENOTTY, EOPNOTSUPP
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.errno cimport EACCES, EAGAIN, EINPROGRESS, EINVAL, EIO, ENODATA, ENOENT, ENOSYS, ENOTTY, EOPNOTSUPP, EPIPE
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memset
 
-from qtfs_client.drivers.fuse3.callers cimport caller_opens
+from qtfs_client.drivers.fuse3.callers cimport caller_alias, caller_opens, kill_by_broken_pipe
 from qtfs_client.drivers.fuse3.device cimport reply, reply_error
-from qtfs_client.drivers.fuse3.events cimport wait_for_lock
 from qtfs_client.drivers.fuse3.exchange cimport ask, ask_for_ourselves, hand_over
 from qtfs_client.drivers.fuse3.interrupts cimport interrupt
-from qtfs_client.drivers.fuse3.replies cimport note_undo, queue_forget, reply_handler
+from qtfs_client.drivers.fuse3.replies cimport is_fifo_or_device, note_undo, queue_forget, reply_handler
 from qtfs_client.drivers.fuse3.requests cimport build_forgets, build_special_access, build_undo_release, \
     request_builder
+from qtfs_client.drivers.fuse3.special cimport serve_special
 from qtfs_client.drivers.fuse3.state cimport BY_HANDLE, CACHE_NONE, ENOSYS_MEANT, MAKES_ENTRIES, MAKES_ENTRY, \
     MAKES_HANDLE, MUST_ARRIVE, REPEATABLE, mount_state, operation_row, server, worker
+from qtfs_client.drivers.fuse3.waits cimport wait_for_server
 from qtfs_client.includes.fuse_abi cimport *
-from qtfs_client.includes.linux cimport add_int, load_int, store_int
-from qtfs_common.protocol cimport attributes_reply, count_reply, entry, lock_reply, lseek_reply, statfs_reply, statx_reply
+from qtfs_client.includes.linux cimport O_NONBLOCK, add_int, load_int, load_u64, pthread_mutex_lock, \
+    pthread_mutex_unlock, store_int, store_u64
+from qtfs_common.protocol cimport NODE_ALIAS, NODE_STREAM_WRITER, OP_OPEN, OP_READ, OP_SETLKW, OP_WRITE, \
+    attributes_reply, count_reply, entry, lock_reply, lseek_reply, poll_reply, statfs_reply, statx_reply
 from qtfs_common.transport cimport message
 
 cdef extern from "<sys/stat.h>" nogil:
     enum:
         S_IFMT
         S_IFBLK
-        S_IFCHR
-        S_IFIFO
+        S_IFREG
 
 cdef extern from *:
     """
@@ -41,6 +43,10 @@ cdef enum:
     LARGEST_ERRNO = 511             # the kernel refuses replies with more
     RELEASE_POLL_US = 100
     RELEASE_POLLS = 1000
+    ALWAYS_READY = 0x145            # POLLIN | POLLOUT | POLLRDNORM | POLLWRNORM: DEFAULT_POLLMASK of the kernel
+    POLLABLE = 2                    # bit of a handle
+
+cdef uint64_t ENDLESS = <uint64_t>1 << 62   # a size that no write reaches: operations/streams.pyx says why
 
 
 # ---- relaying ------------------------------------------------------------------------------------------------------
@@ -99,8 +105,10 @@ cdef void _serve_lookup(worker *w) noexcept nogil:
         memset(absent, 0, sizeof(absent))
         absent[0].entry_valid = w.mount.absent_valid_s
         _reply_absent(w, &absent[0])
-    elif status == 1 and w.mount.cache == CACHE_NONE and w.request.uid != 0 and _is_special(&given):
+    elif status == 1 and w.mount.special_remote and _is_special(&given):
         _lookup_special(w, &given)
+    elif status == 1 and w.mount.cache == CACHE_NONE and w.request.uid != 0 and _is_special(&given):
+        _lookup_local_special(w, &given)
     else:
         _conclude(w, status, &given)
 
@@ -108,12 +116,26 @@ cdef void _serve_lookup(worker *w) noexcept nogil:
 cdef bint _is_special(const message *given) noexcept nogil:
     """Whether a LOOKUP found a FIFO or a device."""
     return given.head.error == 0 and given.body_bytes == sizeof(entry) and \
-        (<entry *>given.body).attr.mode & S_IFMT in (S_IFIFO, S_IFCHR, S_IFBLK)
+        is_fifo_or_device((<entry *>given.body).attr.mode)
 
 
 cdef void _lookup_special(worker *w, message *given) noexcept nogil:
-    """LOOKUP of a FIFO or device: the kernel opens those itself, and without default_permissions it asks nobody whether
-    the caller may. So the server is asked now, if the lookup is part of an open.
+    """LOOKUP of a FIFO or device. The kernel would open it itself, here. So whoever looks it up in order to open it gets
+    another node, of a regular-looking file whose requests come to us; everybody else gets the true one.
+    """
+    cdef entry *found = <entry *>given.body
+    cdef uint64_t alias = caller_alias(w.request.pid)
+    if alias != 0:
+        found.node |= alias
+        found.attr.size = ENDLESS if alias == NODE_STREAM_WRITER and found.attr.mode & S_IFMT != S_IFBLK else 0
+        found.attr.mode = (found.attr.mode & ~<uint32_t>S_IFMT) | S_IFREG
+        found.attr.rdev = 0
+    _conclude(w, 1, given)
+
+
+cdef void _lookup_local_special(worker *w, message *given) noexcept nogil:
+    """The same where the kernel is to open it itself: without default_permissions it asks nobody whether the caller may.
+    So the server is asked now, if the lookup is part of an open.
     """
     cdef entry found = (<entry *>given.body)[0]
     cdef int status
@@ -191,15 +213,85 @@ cdef void _serve_setlk(worker *w) noexcept nogil:
 cdef void _serve_setlkw(worker *w) noexcept nogil:
     """SETLKW: tried at once, since most locks are free; if it is taken, the event thread waits for it."""
     cdef message given
-    cdef int status, error
+    cdef int status
     _note_lock(w)
     status = _ask(w, &given)
     if status == 1 and not w.answered and given.head.error in (EAGAIN, EACCES):
-        error = wait_for_lock(w)
-        if error < 0:
-            reply_error(w, -error)
+        _let_wait(w, OP_SETLKW, 0)
+    else:
+        _conclude(w, status, &given)
+
+
+# ---- FIFOs and devices -------------------------------------------------------------------------------------------------
+
+cdef void _let_wait(worker *w, uint16_t op, uint64_t done) noexcept nogil:
+    """Leave a request to the event thread."""
+    cdef int error = wait_for_server(w, w.row.build, op, done)
+    if error < 0:
+        reply_error(w, -error)
+
+
+cdef void _serve_open(worker *w) noexcept nogil:
+    """OPEN: a FIFO's may have to wait for the other end. An end that was closed before must be seen to be closed."""
+    cdef message given
+    cdef int status
+    if w.request.nodeid & NODE_ALIAS:
+        _releases_ended(w)
+    status = _ask(w, &given)
+    if status == 1 and not w.answered and given.head.error == EINPROGRESS:
+        _let_wait(w, OP_OPEN, 0)
+    else:
+        _conclude(w, status, &given)
+
+
+cdef void _serve_read(worker *w) noexcept nogil:
+    cdef message given
+    cdef int status = _ask(w, &given)
+    if status == 1 and not w.answered and given.head.error == EINPROGRESS:
+        _let_wait(w, OP_READ, 0)
+    else:
+        _conclude(w, status, &given)
+
+
+cdef bint _wants_all_written(worker *w) noexcept nogil:
+    """write(2) to a FIFO or terminal takes everything, unless it is not to wait."""
+    return w.request.nodeid & NODE_ALIAS != 0 and not (<fuse_write_in *>w.argument).flags & O_NONBLOCK
+
+
+cdef void _serve_write(worker *w) noexcept nogil:
+    cdef message given
+    cdef uint64_t done = 0
+    cdef int status = _ask(w, &given)
+    if status == 1 and given.head.error == 0 and given.body_bytes == sizeof(count_reply):
+        done = (<count_reply *>given.body).count
+    if status == 1 and not w.answered and _wants_all_written(w) and \
+            (given.head.error == EINPROGRESS or 0 < done < (<fuse_write_in *>w.argument).size):
+        _let_wait(w, OP_WRITE, done)
         return
+    if status == 1 and not w.answered and given.head.error == EPIPE:
+        kill_by_broken_pipe(w.request.pid)
     _conclude(w, status, &given)
+
+
+cdef void _note_polled(mount_state *m, uint64_t kh) noexcept nogil:
+    pthread_mutex_lock(&m.guard)
+    if kh > m.last_polled:
+        store_u64(&m.last_polled, kh)
+    pthread_mutex_unlock(&m.guard)
+
+
+cdef void _serve_poll(worker *w) noexcept nogil:
+    """POLL: ordinary files are always ready."""
+    cdef fuse_poll_in *asked = <fuse_poll_in *>w.argument
+    cdef fuse_poll_out out
+    if asked.fh & POLLABLE:
+        if asked.kh > load_u64(&w.mount.last_polled):
+            _note_polled(w.mount, asked.kh)
+        _relay(w)
+        return
+    out.revents = ALWAYS_READY
+    out.padding = 0
+    reply(w, &out, sizeof(out))
 
 
 # ---- what needs no server --------------------------------------------------------------------------------------------
@@ -306,6 +398,7 @@ cdef void _fill_rows() noexcept:
     _row(FUSE_CREATE, sizeof(fuse_create_in) + 2, 0, MAKES_ENTRY | MAKES_HANDLE)
     _row(FUSE_TMPFILE, sizeof(fuse_create_in), 0, MAKES_ENTRY | MAKES_HANDLE)
     _row(FUSE_IOCTL, sizeof(fuse_ioctl_in), 0, 0)
+    _row(FUSE_POLL, sizeof(fuse_poll_in), sizeof(poll_reply), REPEATABLE | BY_HANDLE)
     _row(FUSE_FALLOCATE, sizeof(fuse_fallocate_in), 0, 0)
     _row(FUSE_LSEEK, sizeof(fuse_lseek_in), sizeof(lseek_reply), REPEATABLE)
     _row(FUSE_COPY_FILE_RANGE, sizeof(fuse_copy_file_range_in), sizeof(count_reply), ENOSYS_MEANT)
@@ -316,6 +409,10 @@ cdef void _fill_rows() noexcept:
 
 cdef void _fill_special_rows() noexcept:
     _rows[FUSE_LOOKUP].serve = _serve_lookup
+    _rows[FUSE_OPEN].serve = _serve_open
+    _rows[FUSE_READ].serve = _serve_read
+    _rows[FUSE_WRITE].serve = _serve_write
+    _rows[FUSE_POLL].serve = _serve_poll
     _rows[FUSE_FLUSH].serve = _serve_flush
     _rows[FUSE_RELEASE].serve = _serve_release
     _rows[FUSE_SETLK].serve = _serve_setlk
@@ -348,5 +445,5 @@ cdef void serve(worker *w) noexcept nogil:
         reply_error(w, EINVAL)
     elif _is_denied(w):
         reply_error(w, EACCES)
-    else:
+    elif w.mount.rules == NULL or not serve_special(w):
         w.row.serve(w)

@@ -17,7 +17,9 @@ from collections.abc import Iterator
 
 from qtfs_client.connection import Engine, HandshakeError, SessionLostError, Ticket, encode
 from qtfs_client.drivers import mount_options
+from qtfs_client.drivers.fuse3.following import Follower
 from qtfs_client.drivers.fuse3.mount import EVENT_LINE, Mount
+from qtfs_client.drivers.fuse3.special import special_rules
 from qtfs_client.drivers.mounting import FuseMount
 from qtfs_client.options import MountOptions
 from qtfs_common.errors import ConnectError, QtfsError
@@ -57,8 +59,15 @@ def _woken_by_signals() -> Iterator[socket.socket]:
 class Fuse3Driver:
     """One mount, see qtfs_client.drivers.Driver."""
 
-    def __init__(self, options: MountOptions, engine: Engine, connection: Connection, ticket: Ticket) -> None:
+    propagates = True
+
+    def __init__(
+        self, options: MountOptions, engine: Engine, connection: Connection, ticket: Ticket, *, is_child: bool = False
+    ) -> None:
+        """`is_child`: a mount that another one's `Follower` makes and takes away."""
         self._options = options
+        self._is_child = is_child
+        self._follower: Follower | None = None
         self._engine = engine.with_timeout(min(options.timeout_s, _ATTEMPT_S) or _ATTEMPT_S)
         self._ticket = ticket
         self._epoch = 1
@@ -67,6 +76,7 @@ class Fuse3Driver:
         self._mount: Mount | None = None
         self._threads: list[threading.Thread] = []
         self._lost_since: float | None = None
+        self._interruptions = 0
         self._delay_s = _RETRY_FIRST_S
         self._without_thread: int | None = None  # a worker that could not be started
 
@@ -80,43 +90,68 @@ class Fuse3Driver:
         self._mount = Mount(
             self._attached.device(),
             cache=options.cache,
-            channels=min(options.channels, self._ticket.slots),
+            channels=self._ticket.slots - (1 if options.propagate and not self._is_child else 0),
             timeout_s=options.timeout_s,
             neighbour=self._engine.address.is_loopback,
             owner=os.getuid() if options.allow_root else None,
+            special_remote=options.special == "remote",
+            rules=special_rules(options.rules, options.source),
         )
         self._mount.negotiate()
+        if options.special == "remote" and not self._mount.special_remote:
+            log.warning("/proc/PID/syscall cannot be read: FIFOs and devices work as with special=local")
         if not self._mount.has_triage:
             log.warning("this kernel cannot clone /dev/fuse: signals may wait while all channels are busy")
 
     def serve(self) -> None:
         """Answer the kernel until the file system is unmounted."""
-        mount = self._mount
-        assert mount is not None
         signal.signal(_WAKE_SIGNAL, lambda _number, _frame: None)
         threading.stack_size(_STACK_BYTES)
+        self._follower = Follower(self, self._options, self._engine)
         try:
-            with _woken_by_signals() as signals:
-                self._start(mount.run_events)
-                for _ in range(_FIRST_WORKERS):
-                    self._add_worker(mount)
-                while not mount.stopping:
-                    mount.wait(self._look_after(mount), signals.fileno())
+            with self._follower.running(), _woken_by_signals() as signals:
+                self._serve(_FIRST_WORKERS, signals.fileno())
+        finally:
+            self.mounted.stop()
+
+    def serve_child(self) -> None:
+        """The same for a child, on a thread of its own."""
+        self._serve(1, -1)
+
+    def _serve(self, workers: int, signals: int) -> None:
+        mount = self.mounted
+        try:
+            self._start(mount.run_events)
+            for _ in range(workers):
+                self._add_worker(mount)
+            while not mount.stopping:
+                mount.wait(self._look_after(mount), signals)
         finally:
             mount.stop()
             self._join()
 
     def unmount(self) -> None:
         """Detach the mount point and end `serve`. Pages that programs changed in their memory are written first."""
-        attached, mount = self._attached, self._mount
+        follower, attached, mount = self._follower, self._attached, self._mount
         if attached is not None:
-            # In a thread of its own: a server that does not answer must not keep the mount.
-            writing = threading.Thread(target=attached.write_back, daemon=True)
-            writing.start()
-            writing.join(_WRITE_BACK_S)
+            children = follower.attached() if follower is not None else []
+            # In threads of their own: a server that does not answer must not keep the mount.
+            writing = [threading.Thread(target=a.write_back, daemon=True) for a in (*children, attached)]
+            for thread in writing:
+                thread.start()
+            deadline = time.monotonic() + _WRITE_BACK_S
+            for thread in writing:
+                thread.join(max(0.0, deadline - time.monotonic()))
             attached.unmount()
         if mount is not None:
             mount.stop()
+
+    def end(self) -> None:
+        """End a child, which was taken away from its mount point."""
+        if self._attached is not None:
+            self._attached.abandon()
+        if self._mount is not None:
+            self._mount.stop()
 
     def close(self) -> None:
         """Tell the engine that the session is over, and give back the rest."""
@@ -124,6 +159,34 @@ class Fuse3Driver:
         if self._attached is not None:
             self._attached.unmount()
         self._mount = None
+
+    # ------------------------------------------------------------------------------------------------ for the follower
+
+    @property
+    def mounted(self) -> Mount:
+        """The mount, after `mount`."""
+        assert self._mount is not None
+        return self._mount
+
+    @property
+    def attached(self) -> FuseMount | None:
+        """What `mount` attached to the mount point."""
+        return self._attached
+
+    @property
+    def ticket(self) -> Ticket:
+        """Of the session as it is now; it changes with `epoch`."""
+        return self._ticket
+
+    @property
+    def epoch(self) -> int:
+        """Counts the sessions: a server that forgot one is given another."""
+        return self._epoch
+
+    @property
+    def interruptions(self) -> int:
+        """How often the server was out of reach, or forgot the session: names may have been lost then."""
+        return self._interruptions
 
     def _detach(self) -> None:
         """DETACH; without it the engine waits for us to return."""
@@ -213,6 +276,7 @@ class Fuse3Driver:
         except (ConnectError, HandshakeError) as error:
             if self._lost_since is None:
                 self._lost_since = time.monotonic()
+                self._interruptions += 1
                 self._delay_s = _RETRY_FIRST_S
                 log.warning("%s: trying again", error)
             timeout_s = self._options.timeout_s
@@ -231,9 +295,12 @@ class Fuse3Driver:
 
     def _new_session(self) -> None:
         options = self._options
-        connection, ticket = self._engine.mount(options.source, read_only=options.read_only, slots=self._ticket.slots)
+        connection, ticket = self._engine.mount(
+            options.source, read_only=options.read_only, slots=self._ticket.slots, watch=True, let_go=self._is_child
+        )
         self._first, self._ticket = connection, ticket
         self._epoch += 1
+        self._interruptions += 1
 
     def _delay(self) -> float:
         """Back-off: how long to wait before the next attempt, in seconds."""

@@ -1,4 +1,3 @@
-from qtfs_client.drivers.fuse3.state cimport mount_state, worker
+from qtfs_client.drivers.fuse3.state cimport mount_state
 
-cdef int wait_for_lock(worker *w) noexcept nogil
 cdef void watch(mount_state *m) noexcept nogil

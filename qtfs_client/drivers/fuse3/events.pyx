@@ -1,26 +1,25 @@
-"""The event thread: the event channel, blocking locks, the server's pulse, and triage.
+"""The event thread: the event channel, whatever waits for the server there, the server's pulse, and triage.
 
 Triage: while every worker is busy, perhaps with a server that hangs, this thread reads the device instead, so that an
 INTERRUPT is always seen. What it reads for the workers it puts aside, in order, and they take that first.
 """
-from libc.errno cimport EAGAIN, EINTR, EIO, ENODEV, ENOMEM, errno
+from libc.errno cimport EAGAIN, ENODEV, ENOMEM, errno
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free, malloc
+from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
-from qtfs_client.drivers.fuse3.callers cimport fatal_signal_pending
 from qtfs_client.drivers.fuse3.device cimport write_reply
 from qtfs_client.drivers.fuse3.exchange cimport drain, lose, stop
 from qtfs_client.drivers.fuse3.interrupts cimport answer_pending_locked, interrupt
 from qtfs_client.drivers.fuse3.replies cimport queue_forget
-from qtfs_client.drivers.fuse3.state cimport BUFFER_BYTES, LINK_LOST, LINK_READY, LINK_UP, PENDING_BYTES, \
-    PENDING_REQUESTS, lock_wait, mount_state, pending_request, worker
-from qtfs_client.includes.fuse_abi cimport FUSE_BATCH_FORGET, FUSE_FORGET, FUSE_INTERRUPT, FUSE_LK_FLOCK, \
-    fuse_batch_forget_in, fuse_forget_in, fuse_in_header, fuse_interrupt_in, fuse_lk_in
-from qtfs_client.includes.linux cimport POLLIN, add_int, eventfd_write, load_i64, load_int, load_u64, poll, pollfd, \
-    pthread_mutex_lock, pthread_mutex_unlock, read, store_i64, store_int, store_u64
-from qtfs_common.protocol cimport EVENT_SLOT, LOCK_FLOCK, MESSAGE_REPLY, OP_CANCEL, OP_PING, OP_SETLKW, caller, header, \
-    lock_request
+from qtfs_client.drivers.fuse3.state cimport BUFFER_BYTES, LINK_READY, LINK_UP, MAX_CHANGES, PENDING_BYTES, \
+    PENDING_REQUESTS, mount_change, mount_state, pending_request
+from qtfs_client.drivers.fuse3.waits cimport ask_again, next_wait_message, see_to_waits_locked, take_wait_reply
+from qtfs_client.includes.fuse_abi cimport FUSE_BATCH_FORGET, FUSE_FORGET, FUSE_INTERRUPT, FUSE_NOTIFY_POLL, \
+    fuse_batch_forget_in, fuse_forget_in, fuse_in_header, fuse_interrupt_in
+from qtfs_client.includes.linux cimport POLLIN, add_int, eventfd_write, load_int, load_u64, poll, pollfd, pthread_mutex_lock, \
+    pthread_mutex_unlock, read, store_i64, store_int
+from qtfs_common.protocol cimport EVENT_SLOT, MESSAGE_REPLY, OP_CANCEL, OP_MOUNTS_CHANGED, OP_PING, OP_READY, header
 from qtfs_common.transport cimport WAIT_READABLE, WAIT_WRITABLE, message, now_us
 
 cdef extern from "<sys/epoll.h>" nogil:
@@ -44,84 +43,10 @@ cdef enum:
     TICK_US = 1000000               # while somebody waits for something
     PING_US = 5000000               # between two PINGs, at most
     SETTLE_US = 10000               # all workers busy for that long: triage begins
-    UNLOCK = 2                      # lock_request.type
+    UNCONFIRMED_AT_MOST = 32        # the server keeps messages until we confirm them
 
 
-# ---- blocking locks --------------------------------------------------------------------------------------------------
-
-cdef int wait_for_lock(worker *w) noexcept nogil:
-    """Take over a worker's SETLKW: it is free for others. 0 or -ENOMEM."""
-    cdef mount_state *m = w.mount
-    cdef fuse_lk_in *asked = <fuse_lk_in *>w.argument
-    cdef lock_wait *wait = <lock_wait *>calloc(1, sizeof(lock_wait))
-    if wait == NULL:
-        return -ENOMEM
-    wait.request = w.request[0]
-    wait.device = w.device
-    wait.since_us = now_us()
-    wait.lock.handle = asked.fh
-    wait.lock.owner = asked.owner
-    wait.lock.start = asked.start
-    wait.lock.end = asked.end
-    wait.lock.type = asked.type
-    wait.lock.pid = asked.pid
-    wait.lock.flags = LOCK_FLOCK if asked.lk_flags & FUSE_LK_FLOCK else 0
-    pthread_mutex_lock(&m.guard)
-    # Together with the list, so that an INTERRUPT finds the request in one place or the other.
-    wait.interrupted = load_u64(&w.interrupted) == w.request.unique
-    store_u64(&w.current, 0)
-    wait.next = m.lock_waits
-    m.lock_waits = wait
-    pthread_mutex_unlock(&m.guard)
-    eventfd_write(m.event_fd, 1)
-    return 0
-
-
-cdef lock_wait **_find_wait_locked(mount_state *m, uint64_t unique) noexcept nogil:
-    cdef lock_wait **at = &m.lock_waits
-    while at[0] != NULL and at[0].request.unique != unique:
-        at = &at[0].next
-    return at
-
-
-cdef void _forget_wait_locked(lock_wait **at) noexcept nogil:
-    cdef lock_wait *wait = at[0]
-    at[0] = wait.next
-    free(wait)
-
-
-cdef void _answer_wait_locked(lock_wait **at, int error) noexcept nogil:
-    """Answer the kernel (errno, positive, or 0) what the server said, and forget the wait."""
-    write_reply(at[0].device, at[0].request.unique, -error, NULL, 0, NULL, 0)
-    _forget_wait_locked(at)
-
-
-cdef void _give_up_wait_locked(lock_wait *wait, int error) noexcept nogil:
-    """Answer the kernel before the server does; the server is told later."""
-    write_reply(wait.device, wait.request.unique, -error, NULL, 0, NULL, 0)
-    wait.orphan = True
-    wait.dying = error == EINTR
-
-
-cdef int _wait_is_over(mount_state *m, lock_wait *wait, int64_t now) noexcept nogil:
-    """The errno that a wait is to end with although the server has not answered; 0: it goes on."""
-    if load_int(&m.down) or (m.timeout_us > 0 and now - wait.since_us > m.timeout_us and
-                             now - load_i64(&m.heard_us) > m.timeout_us):
-        return EIO
-    if wait.interrupted and fatal_signal_pending(wait.request.pid):
-        return EINTR
-    return 0
-
-
-cdef void _see_to_waits_locked(mount_state *m, int64_t now) noexcept nogil:
-    cdef lock_wait *wait = m.lock_waits
-    cdef int error
-    while wait != NULL:
-        error = 0 if wait.orphan else _wait_is_over(m, wait, now)
-        if error:
-            _give_up_wait_locked(wait, error)
-        wait = wait.next
-
+# ---- sending -----------------------------------------------------------------------------------------------------------
 
 cdef void _lose(mount_state *m) noexcept nogil:
     """The event channel broke: whatever broke it may have broken the others."""
@@ -129,89 +54,44 @@ cdef void _lose(mount_state *m) noexcept nogil:
     lose(m.manager_fd, &m.event)
 
 
-# ---- sending -------------------------------------------------------------------------------------------------------
+cdef uint8_t *_begin(mount_state *m, size_t size) noexcept nogil:
+    """Room for a message. It will tell the server how far we are."""
+    m.event_unconfirmed = 0
+    return m.event.ch.ops.reserve(m.event.ch, size)
 
-cdef uint8_t *_begin(mount_state *m, uint16_t op, uint64_t tag, size_t body_bytes) noexcept nogil:
-    """Room for the body of a message, its header filled in; NULL if there is none."""
-    cdef uint8_t *room = m.event.ch.ops.reserve(m.event.ch, sizeof(header) + body_bytes)
-    cdef header *head = <header *>room
-    if room == NULL:
-        return NULL
+
+cdef size_t _put_short(mount_state *m, uint16_t op, uint64_t tag) noexcept nogil:
+    """A message without a body: its size."""
+    cdef header *head = <header *>_begin(m, sizeof(header))
     memset(head, 0, sizeof(header))
-    head.length = <uint32_t>(sizeof(header) + body_bytes)
+    head.length = sizeof(header)
     head.op = op
     head.slot = EVENT_SLOT
+    head.sequence = m.event_seen
     head.tag = tag
-    return room + sizeof(header)
+    return sizeof(header)
 
 
-cdef size_t _put_lock(mount_state *m, lock_wait *wait) noexcept nogil:
-    """A SETLKW: its bytes after the header."""
-    cdef caller *who = <caller *>_begin(m, OP_SETLKW, wait.request.unique, sizeof(caller) + sizeof(lock_request))
-    memset(who, 0, sizeof(caller))
-    who.node = wait.request.nodeid
-    who.uid = wait.request.uid
-    who.gid = wait.request.gid
-    who.pid = wait.request.pid
-    (<lock_request *>(who + 1))[0] = wait.lock
-    wait.sent = True
-    return sizeof(caller) + sizeof(lock_request)
+cdef size_t _put_whole(mount_state *m, const uint8_t *ready, size_t size) noexcept nogil:
+    """A message that lies ready: its size."""
+    cdef uint8_t *room = _begin(m, size)
+    memcpy(room, ready, size)
+    (<header *>room).sequence = m.event_seen
+    return size
 
 
-cdef void _put_cancel(mount_state *m, lock_wait *wait) noexcept nogil:
-    _begin(m, OP_CANCEL, wait.request.unique, 0)
-    wait.cancelled = True
-
-
-cdef bint _put_orphan_locked(mount_state *m, lock_wait **at, size_t *body_bytes) noexcept nogil:
-    """Tell the server that nobody waits any more: CANCEL, and for a dying owner an unlock, since the grant may have
-    come first. What the server replies is not waited for. False: there was nothing to tell.
-    """
-    cdef lock_wait *wait = at[0]
-    if wait.sent and not wait.cancelled:
-        _put_cancel(m, wait)
-        return True
-    if not wait.sent or not wait.dying:
-        _forget_wait_locked(at)
-        return False
-    wait.lock.type = UNLOCK
-    body_bytes[0] = _put_lock(m, wait)
-    _forget_wait_locked(at)
-    return True
-
-
-cdef bint _put_wait(mount_state *m, lock_wait *wait, size_t *body_bytes) noexcept nogil:
-    """What the server has to know of somebody who waits; False: nothing new."""
-    if not wait.sent:
-        body_bytes[0] = _put_lock(m, wait)
-        return True
-    if wait.interrupted and not wait.cancelled:
-        _put_cancel(m, wait)
-        return True
-    return False
-
-
-cdef bint _next_message(mount_state *m, int64_t now, size_t *body_bytes) noexcept nogil:
-    """Put what is to be sent next into the channel's room; False if there is nothing."""
-    cdef lock_wait **at
-    cdef lock_wait *wait
-    cdef bint found = False
-    body_bytes[0] = 0
-    pthread_mutex_lock(&m.guard)
-    at = &m.lock_waits
-    while at[0] != NULL and not found:
-        wait = at[0]
-        found = _put_orphan_locked(m, at, body_bytes) if wait.orphan else _put_wait(m, wait, body_bytes)
-        if at[0] == wait:
-            at = &wait.next
-    pthread_mutex_unlock(&m.guard)
-    if not found and now - m.pinged_us >= _ping_us(m):
-        _begin(m, OP_PING, 0, 0)
-        m.pinged_us = now
-        if m.unanswered_us == 0:
-            m.unanswered_us = now
-        found = True
-    return found
+cdef size_t _next_message(mount_state *m, int64_t now) noexcept nogil:
+    """Put what is to be sent next into the channel's room: its size; 0: there is nothing."""
+    cdef uint8_t *found = NULL
+    cdef size_t size = 0
+    if next_wait_message(m, &found, &size):
+        return _put_whole(m, found, size) if size > 0 else _put_short(m, OP_CANCEL, (<header *>found).tag)
+    if now - m.pinged_us < _ping_us(m) and m.event_unconfirmed < UNCONFIRMED_AT_MOST:
+        return 0
+    m.pinged_us = now
+    if m.unanswered_us == 0:
+        m.unanswered_us = now
+    return _put_short(m, OP_PING, 0)
 
 
 cdef int64_t _ping_us(mount_state *m) noexcept nogil:
@@ -221,10 +101,11 @@ cdef int64_t _ping_us(mount_state *m) noexcept nogil:
 
 cdef void _send(mount_state *m, int64_t now) noexcept nogil:
     """Send what there is, as far as the channel takes it."""
-    cdef size_t body_bytes = 0
     cdef int status = m.event.ch.ops.flush(m.event.ch)
-    while status == 0 and _next_message(m, now, &body_bytes):
-        status = m.event.ch.ops.commit(m.event.ch, sizeof(header) + body_bytes, NULL, 0)
+    cdef size_t size = _next_message(m, now) if status == 0 else 0
+    while size > 0:
+        status = m.event.ch.ops.commit(m.event.ch, size, NULL, 0)
+        size = _next_message(m, now) if status == 0 else 0
     m.event_flushing = status == -EAGAIN
     if status < 0 and status != -EAGAIN:
         _lose(m)
@@ -232,46 +113,93 @@ cdef void _send(mount_state *m, int64_t now) noexcept nogil:
 
 # ---- receiving -----------------------------------------------------------------------------------------------------
 
-cdef void _take_message(mount_state *m, const message *got) noexcept nogil:
-    """A reply to SETLKW ends a wait; others only show that the server lives."""
-    cdef lock_wait **at
-    if got.head.op != OP_SETLKW:
+cdef void _notify_pollers(mount_state *m, uint64_t kh) noexcept nogil:
+    """Make the kernel ask again what a file that somebody polls is ready for."""
+    write_reply(m.device, 0, FUSE_NOTIFY_POLL, &kh, sizeof(kh), NULL, 0)
+
+
+cdef bint _is_news(mount_state *m, const message *got) noexcept nogil:
+    """Whether a numbered message has not been seen yet: after a break the server repeats what we did not confirm."""
+    if got.head.sequence == 0:
+        return True
+    if got.head.sequence <= m.event_seen:
+        return False
+    m.event_seen = got.head.sequence
+    m.event_unconfirmed += 1
+    return True
+
+
+cdef void _note_mounts(mount_state *m, const message *got) noexcept nogil:
+    """Keep a MOUNTS_CHANGED (NULL: there may have been some) for whoever follows the server's mounts.
+
+    Without room the names expire by themselves.
+    """
+    cdef size_t size = got.body_bytes if got != NULL else 0
+    cdef mount_change *change = NULL
+    if m.change_count < MAX_CHANGES:
+        change = <mount_change *>malloc(sizeof(mount_change) + size)
+    if change == NULL:
         return
+    change.next = NULL
+    change.size = size
+    if size > 0:
+        memcpy(change + 1, got.body, size)
     pthread_mutex_lock(&m.guard)
-    at = _find_wait_locked(m, got.head.tag)
-    if at[0] != NULL and not at[0].orphan:
-        _answer_wait_locked(at, got.head.error if 0 <= got.head.error < 512 else EIO)
+    m.changes_end[0] = change
+    m.changes_end = &change.next
+    m.change_count += 1
     pthread_mutex_unlock(&m.guard)
+    eventfd_write(m.changes_fd, 1)
+
+
+cdef bint _take_message(mount_state *m, const message *got) noexcept nogil:
+    """False: it has no place here."""
+    cdef bint is_reply = got.head.flags & MESSAGE_REPLY
+    if not _is_news(m, got):
+        return True
+    if is_reply and got.head.op != OP_PING:
+        take_wait_reply(m, got)
+    elif got.head.op == OP_READY:
+        _notify_pollers(m, got.head.tag)
+    elif got.head.op == OP_MOUNTS_CHANGED:
+        _note_mounts(m, got)
+    return is_reply or got.head.op in (OP_READY, OP_MOUNTS_CHANGED)
 
 
 cdef void _receive(mount_state *m, int64_t now) noexcept nogil:
     cdef message got
     cdef int found = m.event.ch.ops.receive(m.event.ch, &got)
-    while found == 1 and got.head.flags & MESSAGE_REPLY and not load_int(&m.stopping):
+    while found == 1 and not load_int(&m.stopping):
         m.unanswered_us = 0
         store_i64(&m.heard_us, now)
-        _take_message(m, &got)
+        if not _take_message(m, &got):
+            break
         found = m.event.ch.ops.receive(m.event.ch, &got)
     if found != 0:
         _lose(m)
 
 
+cdef void _greet_new_session(mount_state *m) noexcept nogil:
+    """The server has forgotten what was polled: whoever polls has to ask again, and learn that the file is lost."""
+    cdef uint64_t kh
+    m.event_seen = 0
+    for kh in range(1, load_u64(&m.last_polled) + 1):
+        _notify_pollers(m, kh)
+
+
 cdef void _take_fresh(mount_state *m, int64_t now) noexcept nogil:
-    """Go on over a fresh channel: whoever waits for a lock asks again."""
-    cdef lock_wait *wait
+    """Go on over a fresh channel: whoever waits asks again."""
+    cdef bint same_session = m.event.epoch == m.event.fresh_epoch
     m.event.ch = m.event.fresh
     m.event.epoch = m.event.fresh_epoch
     m.event_flushing = False
     store_int(&m.event.link, LINK_UP)
     m.unanswered_us = 0
     store_i64(&m.heard_us, now)
-    pthread_mutex_lock(&m.guard)
-    wait = m.lock_waits
-    while wait != NULL:
-        wait.cancelled = False
-        wait.sent = wait.orphan         # an orphan is only to be cancelled
-        wait = wait.next
-    pthread_mutex_unlock(&m.guard)
+    _note_mounts(m, NULL)
+    ask_again(m, same_session)
+    if not same_session:
+        _greet_new_session(m)
 
 
 cdef bint _is_silent(mount_state *m, int64_t now) noexcept nogil:
@@ -378,7 +306,7 @@ cdef bint _still_saturated(mount_state *m) noexcept nogil:
 cdef void _tick(mount_state *m, int64_t now) noexcept nogil:
     """Answer those that need not wait any longer."""
     pthread_mutex_lock(&m.guard)
-    _see_to_waits_locked(m, now)
+    see_to_waits_locked(m, now)
     answer_pending_locked(m, now)
     pthread_mutex_unlock(&m.guard)
 
@@ -388,7 +316,7 @@ cdef int64_t _sleep_us(mount_state *m, bint triage, bint settling, int64_t now) 
     cdef int64_t left = max(m.pinged_us + _ping_us(m) - now, 1000)
     if settling:
         return SETTLE_US
-    return min(left, TICK_US) if triage or m.lock_waits != NULL or m.pending != NULL else left
+    return min(left, TICK_US) if triage or m.waits != NULL or m.pending != NULL else left
 
 
 cdef void _sleep(mount_state *m, int bell, int64_t timeout_us) noexcept nogil:
@@ -414,8 +342,8 @@ cdef void _watch(mount_state *m, int bell, uint8_t *buffer) noexcept nogil:
     cdef int64_t now
     while not load_int(&m.stopping):
         now = now_us()
+        _tick(m, now)                   # first: what it finds over has to be told to the server
         _attend_channel(m, now)
-        _tick(m, now)
         wanted = _still_saturated(m)
         if wanted and not triage and not settling:
             settling = True             # most of the time a worker is back before it is worth the trouble

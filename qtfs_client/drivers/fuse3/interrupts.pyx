@@ -8,7 +8,8 @@ from libc.stdlib cimport free
 
 from qtfs_client.drivers.fuse3.callers cimport caught_signal_pending, fatal_signal_pending
 from qtfs_client.drivers.fuse3.device cimport write_reply
-from qtfs_client.drivers.fuse3.state cimport lock_wait, mount_state, pending_request, worker
+from qtfs_client.drivers.fuse3.special cimport interrupt_special
+from qtfs_client.drivers.fuse3.state cimport mount_state, pending_request, waiting, worker
 from qtfs_client.includes.fuse_abi cimport FUSE_FLUSH, FUSE_RELEASE, FUSE_RELEASEDIR, fuse_in_header
 from qtfs_client.includes.linux cimport eventfd_write, load_i64, load_int, load_u64, pthread_mutex_lock, \
     pthread_mutex_unlock, store_u64
@@ -30,8 +31,8 @@ cdef bint _in_a_worker(mount_state *m, uint64_t target) noexcept nogil:
     return False
 
 
-cdef bint _waiting_for_a_lock(mount_state *m, uint64_t target) noexcept nogil:
-    cdef lock_wait *wait = m.lock_waits
+cdef bint _waiting(mount_state *m, uint64_t target) noexcept nogil:
+    cdef waiting *wait = m.waits
     while wait != NULL:
         if wait.request.unique == target:
             wait.interrupted = True
@@ -61,8 +62,9 @@ cdef void interrupt(mount_state *m, int device, uint64_t unique, uint64_t target
     """
     cdef bint found
     pthread_mutex_lock(&m.guard)
-    found = _in_a_worker(m, target) or _waiting_for_a_lock(m, target) or _set_aside(m, target)
+    found = _in_a_worker(m, target) or _waiting(m, target) or _set_aside(m, target)
     pthread_mutex_unlock(&m.guard)
+    found = found or m.rules != NULL and interrupt_special(m, target)
     if not found and write_reply(m.device, unique, -EAGAIN, NULL, 0, NULL, 0) < 0 and m.triage_device >= 0:
         write_reply(m.triage_device, unique, -EAGAIN, NULL, 0, NULL, 0)
 

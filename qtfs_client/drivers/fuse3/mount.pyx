@@ -4,11 +4,14 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
-from qtfs_client.drivers.fuse3.device cimport clone_device, negotiate
+from qtfs_client.drivers.fuse3.callers cimport callers_can_be_seen
+from qtfs_client.drivers.fuse3.device cimport clone_device, expire_name, negotiate
 from qtfs_client.drivers.fuse3.events cimport watch
 from qtfs_client.drivers.fuse3.exchange cimport stop
+from qtfs_client.drivers.fuse3.special cimport SpecialRules
 from qtfs_client.drivers.fuse3.state cimport BUFFER_BYTES, CACHE_ALWAYS, CACHE_AUTO, CACHE_NONE, LINK_LOST, \
-    LINK_READY, LINK_UP, line, lock_wait, mount_state, pending_request, worker
+    LINK_READY, LINK_UP, line, mount_change, mount_state, pending_request, worker
+from qtfs_client.drivers.fuse3.waits cimport free_waits
 from qtfs_client.drivers.fuse3.workers cimport work
 from qtfs_client.includes.fuse_abi cimport fuse_in_header, fuse_write_in
 from qtfs_client.includes.linux cimport EFD_CLOEXEC, EFD_NONBLOCK, O_CLOEXEC, O_RDONLY, POLLIN, close, eventfd, \
@@ -58,23 +61,30 @@ cdef void _worker_free(worker *w) noexcept:
 cdef class Mount:
     """Serves the requests of a FUSE device. Every thread that runs in it must have returned before it is dropped."""
     cdef mount_state m
+    cdef SpecialRules rules
     cdef dict connections               # slot or EVENT_LINE: Connection; they own what the lines point to
 
     def __cinit__(self):
         memset(&self.m, 0, sizeof(self.m))
         self.m.device = self.m.triage_device = self.m.loadavg_fd = -1
-        self.m.event_fd = self.m.manager_fd = -1
+        self.m.event_fd = self.m.manager_fd = self.m.changes_fd = -1
         self.m.pending_end = &self.m.pending
+        self.m.changes_end = &self.m.changes
         self.m.event.link = LINK_LOST
         pthread_mutex_init(&self.m.guard, NULL)
 
     def __init__(self, int device, *, str cache="auto", int channels=16, double timeout_s=30.0, int spin_us=200,
-                 bint neighbour=False, owner: int | None = None):
+                 bint neighbour=False, owner: int | None = None, bint special_remote=True, SpecialRules rules=None):
         """Take over a mounted /dev/fuse descriptor.
 
         `neighbour`: the engine runs on this machine. `owner`: the only user besides root who is let in.
+        `special_remote`: FIFOs and devices are opened on the server, where the kernel tells who wants to open. `rules`:
+        for what lies below the source, of this mount alone.
         """
         self.connections = {}
+        self.rules = rules
+        if rules is not None:
+            rules.attach(&self.m)
         self.m.device = device
         self.m.cache = _CACHES[cache]
         self.m.name_valid_s = {"none": 0, "auto": 1, "always": DAY_S}[cache]
@@ -86,33 +96,37 @@ cdef class Mount:
         self.m.neighbour = neighbour
         self.m.deny_others = owner is not None
         self.m.owner = owner or 0
+        self.m.special_remote = special_remote and callers_can_be_seen()
         self.m.heard_us = now_us()
         self.m.loadavg_fd = c_open(b"/proc/loadavg", O_RDONLY | O_CLOEXEC)
         self.m.event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
         self.m.manager_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
-        if self.m.event_fd < 0 or self.m.manager_fd < 0:
+        self.m.changes_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+        if min(self.m.event_fd, self.m.manager_fd, self.m.changes_fd) < 0:
             raise OSError("no descriptors are left")
 
     def __dealloc__(self):
         self._free_lists()
         for slot in range(self.m.worker_count):
             _worker_free(self.m.workers[slot])
-        for fd in (self.m.device, self.m.triage_device, self.m.loadavg_fd, self.m.event_fd, self.m.manager_fd):
+        for fd in (self.m.device, self.m.triage_device, self.m.loadavg_fd, self.m.event_fd, self.m.manager_fd,
+                   self.m.changes_fd):
             if fd >= 0:
                 close(fd)
         pthread_mutex_destroy(&self.m.guard)
 
     cdef void _free_lists(self) noexcept:
         cdef pending_request *pending = self.m.pending
-        cdef lock_wait *wait = self.m.lock_waits
+        cdef mount_change *change = self.m.changes
         while pending != NULL:
             self.m.pending = pending.next
             free(pending)
             pending = self.m.pending
-        while wait != NULL:
-            self.m.lock_waits = wait.next
-            free(wait)
-            wait = self.m.lock_waits
+        while change != NULL:
+            self.m.changes = change.next
+            free(change)
+            change = self.m.changes
+        free_waits(&self.m)
         free(self.m.forgets)
         self.m.forgets = NULL
 
@@ -135,6 +149,11 @@ cdef class Mount:
     def has_triage(self) -> bool:
         """Whether interrupts are seen while every worker is busy."""
         return self.m.triage_device >= 0
+
+    @property
+    def special_remote(self) -> bool:
+        """Whether opening a FIFO or device of the server opens it there."""
+        return self.m.special_remote
 
     # ---- lines ----
 
@@ -228,6 +247,47 @@ cdef class Mount:
     def stopping(self) -> bool:
         """Whether the mount has ended."""
         return load_int(&self.m.stopping) != 0
+
+    # ---- the server's mounts ----
+
+    @property
+    def device_fd(self) -> int:
+        """/dev/fuse: readable when the kernel asks for something, in error once the mount has ended."""
+        return self.m.device
+
+    @property
+    def changes_fd(self) -> int:
+        """Becomes readable when `take_changes` has something."""
+        return self.m.changes_fd
+
+    def take_changes(self) -> list[bytes]:
+        """Bodies of the MOUNTS_CHANGED that came since the last call; an empty one may stand for any that did not."""
+        cdef mount_change *change
+        cdef mount_change *following
+        cdef list bodies = []
+        try:
+            os.read(self.m.changes_fd, 8)
+        except BlockingIOError:
+            pass
+        pthread_mutex_lock(&self.m.guard)
+        change = self.m.changes
+        self.m.changes = NULL
+        self.m.changes_end = &self.m.changes
+        self.m.change_count = 0
+        pthread_mutex_unlock(&self.m.guard)
+        while change != NULL:
+            following = change.next
+            bodies.append((<char *>(change + 1))[:change.size])
+            free(change)
+            change = following
+        return bodies
+
+    def expire_name(self, uint64_t directory, bytes name not None) -> None:
+        """Make the kernel look a name up again before it trusts it. It waits for what is under way in the directory."""
+        cdef const char *text = name
+        cdef size_t name_bytes = len(name)
+        with nogil:
+            expire_name(&self.m, directory, text, name_bytes)
 
     # ---- threads ----
 

@@ -9,22 +9,38 @@ from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport realloc
 from libc.string cimport memset
 
-from qtfs_client.drivers.fuse3.device cimport forget_cached_attributes, reply, reply_error, write_reply
+from qtfs_client.drivers.fuse3.device cimport forget_cached_attributes, reply, reply_error, show_size, write_reply
 from qtfs_client.drivers.fuse3.state cimport CACHE_ALWAYS, CACHE_AUTO, CACHE_NONE, MAKES_ENTRIES, MAKES_ENTRY, \
     MAKES_HANDLE, MAX_FORGETS, mount_state, replier, worker
 from qtfs_client.includes.fuse_abi cimport *
 from qtfs_client.includes.linux cimport pthread_mutex_lock, pthread_mutex_unlock
-from qtfs_common.protocol cimport NODE_UNCACHED, OPENED_CHANGED, OPENED_UNCACHED, create_reply, direntry_bytes, \
-    direntry_plus, entry, forget_item, ioctl_reply, open_reply
+from qtfs_common.protocol cimport NODE_ALIAS, NODE_STREAM_READER, NODE_UNCACHED, OPENED_CHANGED, OPENED_STREAM, \
+    OPENED_UNCACHED, create_reply, direntry_bytes, \
+    direntry_plus, entry, forget_item, ioctl_reply, open_reply, poll_reply
 from qtfs_common.transport cimport message
+
+cdef extern from "<sys/stat.h>" nogil:
+    enum:
+        S_IFMT
+        S_IFBLK
+        S_IFCHR
+        S_IFIFO
 
 
 # ---- how long the kernel may trust what it gets ----------------------------------------------------------------------
 
+cdef bint is_fifo_or_device(uint32_t mode) noexcept nogil:
+    """Whether a kernel would open such a file without asking us."""
+    return mode & S_IFMT in (S_IFIFO, S_IFCHR, S_IFBLK)
+
+
 cdef void _set_entry_validity(mount_state *m, uint8_t *made) noexcept nogil:
     """Turn the wire's entry into struct fuse_entry_out, in place."""
     cdef fuse_entry_validity *out = <fuse_entry_validity *>made
-    cdef uint64_t valid_s = 0 if (<entry *>made).node_flags & NODE_UNCACHED else m.name_valid_s
+    # The next to look a special file up may want to open it, or may not.
+    cdef bint uncached = (<entry *>made).node_flags & NODE_UNCACHED or (<entry *>made).node & NODE_ALIAS or \
+        is_fifo_or_device((<entry *>made).attr.mode)
+    cdef uint64_t valid_s = 0 if uncached else m.name_valid_s
     out.entry_valid = valid_s
     out.attr_valid = valid_s
     out.entry_valid_nsec = 0
@@ -38,9 +54,10 @@ cdef void _set_attr_validity(mount_state *m, uint8_t *made) noexcept nogil:
     out.attr_valid_nsec = 0
 
 
-cdef uint32_t _opening(worker *w, const open_reply *opened) noexcept nogil:
+cdef uint32_t open_flags(mount_state *m, const open_reply *opened) noexcept nogil:
     """FOPEN_* for an open file: how the kernel may cache it."""
-    cdef mount_state *m = w.mount
+    if opened.flags & OPENED_STREAM:
+        return FOPEN_DIRECT_IO | FOPEN_NONSEEKABLE | FOPEN_STREAM | FOPEN_PARALLEL_DIRECT_WRITES
     if opened.flags & OPENED_UNCACHED:
         return FOPEN_DIRECT_IO | FOPEN_PARALLEL_DIRECT_WRITES
     if m.cache == CACHE_NONE:
@@ -81,7 +98,7 @@ cdef int _answer_open(worker *w, message *m) noexcept nogil:
         return reply_error(w, EIO)
     if w.mount.cache == CACHE_AUTO and opened.flags & OPENED_CHANGED:
         forget_cached_attributes(w.mount, w.request.nodeid)
-    (<fuse_open_out *>m.body).open_flags = _opening(w, opened)
+    (<fuse_open_out *>m.body).open_flags = open_flags(w.mount, opened)
     (<fuse_open_out *>m.body).padding = 0
     return reply(w, m.body, sizeof(open_reply))
 
@@ -106,7 +123,7 @@ cdef int _answer_create(worker *w, message *m) noexcept nogil:
     if m.body_bytes != sizeof(create_reply):
         return reply_error(w, EIO)
     out = <fuse_open_out *>(m.body + sizeof(entry))
-    out.open_flags = _opening(w, &made.opened)
+    out.open_flags = open_flags(w.mount, &made.opened)
     out.padding = 0
     _set_entry_validity(w.mount, m.body)
     return reply(w, m.body, sizeof(create_reply))
@@ -155,6 +172,16 @@ cdef int _answer_xattr(worker *w, message *m) noexcept nogil:
     if m.body_bytes > asked if asked > 0 else m.body_bytes != sizeof(uint64_t):
         return reply_error(w, EIO)
     return reply(w, m.body, m.body_bytes)
+
+
+cdef int _answer_poll(worker *w, message *m) noexcept nogil:
+    cdef poll_reply *out = <poll_reply *>m.body
+    if m.body_bytes != sizeof(poll_reply):
+        return reply_error(w, EIO)
+    if out.available > 0 and w.request.nodeid & NODE_ALIAS == NODE_STREAM_READER:
+        show_size(w.mount, w.request.nodeid, out.available)
+    out.available = 0
+    return reply(w, out, sizeof(poll_reply))
 
 
 cdef int _answer_ioctl(worker *w, message *m) noexcept nogil:
@@ -247,6 +274,7 @@ for _opcode in (FUSE_GETXATTR, FUSE_LISTXATTR):
     _repliers[_opcode] = _answer_xattr
 for _opcode in (FUSE_READ, FUSE_READDIR):
     _repliers[_opcode] = _answer_data
+_repliers[FUSE_POLL] = _answer_poll
 _repliers[FUSE_OPEN] = _answer_open
 _repliers[FUSE_OPENDIR] = _answer_opendir
 _repliers[FUSE_READDIRPLUS] = _answer_readdirplus

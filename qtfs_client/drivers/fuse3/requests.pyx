@@ -11,8 +11,8 @@ from libc.string cimport memcpy, memset
 from qtfs_client.drivers.fuse3.callers cimport caller_groups
 from qtfs_client.drivers.fuse3.state cimport FORGETS_AT_ONCE, PHASE_BUILD, builder, mount_state, worker
 from qtfs_client.includes.fuse_abi cimport *
-from qtfs_client.includes.linux cimport O_APPEND, O_DIRECT, O_DIRECTORY, O_NOFOLLOW, pthread_mutex_lock, pthread_mutex_unlock, \
-    strnlen
+from qtfs_client.includes.linux cimport O_APPEND, O_DIRECT, O_DIRECTORY, O_NOFOLLOW, O_NONBLOCK, pthread_mutex_lock, \
+    pthread_mutex_unlock, strnlen
 from qtfs_common.protocol cimport *
 
 cdef enum:                          # asm-generic/fcntl.h: the wire's numbers where an architecture has its own
@@ -454,7 +454,7 @@ cdef int _build_read(worker *w) noexcept nogil:
     made.handle = asked.fh
     made.offset = asked.offset
     made.size = asked.size
-    made.reserved = 0
+    made.flags = READ_NONBLOCK if asked.flags & O_NONBLOCK else 0
     return 0
 
 
@@ -473,6 +473,8 @@ cdef int _build_write(worker *w) noexcept nogil:
     made.flags = WRITE_APPEND if asked.flags & O_APPEND and not asked.write_flags & FUSE_WRITE_CACHE else WRITE_AT_OFFSET
     if asked.write_flags & FUSE_WRITE_KILL_SUIDGID:
         made.flags |= KILL_PRIVILEGES
+    if asked.flags & O_NONBLOCK:
+        made.flags |= WRITE_NONBLOCK
     _add_payload(w, w.argument + sizeof(fuse_write_in), asked.size)
     return 0
 
@@ -571,8 +573,20 @@ cdef int _build_ioctl(worker *w) noexcept nogil:
     made.command = asked.cmd
     made.in_size = asked.in_size
     made.out_size = asked.out_size
-    made.reserved = 0
+    made.argument = <uint32_t>asked.arg
     memcpy(made + 1, w.argument + sizeof(fuse_ioctl_in), asked.in_size)
+    return 0
+
+
+cdef int _build_poll(worker *w) noexcept nogil:
+    cdef fuse_poll_in *asked = <fuse_poll_in *>w.argument
+    cdef poll_request *made = <poll_request *>begin(w, OP_POLL, sizeof(poll_request), False, 0)
+    if made == NULL:
+        return -EIO
+    made.handle = asked.fh
+    made.notify = asked.kh
+    made.events = asked.events
+    made.flags = POLL_NOTIFY if asked.flags & FUSE_POLL_SCHEDULE_NOTIFY else 0
     return 0
 
 
@@ -668,6 +682,7 @@ _builders[FUSE_SETLKW] = build_try_lock
 _builders[FUSE_ACCESS] = _build_access
 _builders[FUSE_CREATE] = _build_create
 _builders[FUSE_IOCTL] = _build_ioctl
+_builders[FUSE_POLL] = _build_poll
 _builders[FUSE_FALLOCATE] = _build_fallocate
 _builders[FUSE_READDIRPLUS] = _build_readdirplus
 _builders[FUSE_RENAME2] = _build_rename2

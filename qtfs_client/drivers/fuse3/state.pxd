@@ -14,7 +14,7 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from qtfs_client.includes.fuse_abi cimport fuse_in_header
 from qtfs_client.includes.linux cimport pthread_mutex_t
-from qtfs_common.protocol cimport MAX_SLOTS, forget_item, lock_request
+from qtfs_common.protocol cimport MAX_SLOTS, forget_item
 from qtfs_common.transport cimport channel, message
 
 cdef enum:
@@ -25,6 +25,7 @@ cdef enum:
     PENDING_REQUESTS = 4096         # set aside while all workers are busy
     PENDING_BYTES = 64 << 20
     FORGETS_AT_ONCE = 2048          # in one FORGET message
+    MAX_CHANGES = 1024              # MOUNTS_CHANGED kept; what comes beyond them would wait for the same
     MAX_FORGETS = 1 << 20           # kept for sending; more are dropped, and the server's LRU has to do
 
 cdef enum cache_mode:
@@ -72,6 +73,14 @@ cdef struct operation_row:          # one FUSE opcode
     uint32_t reply_bytes            # of the server's reply, where it is fixed
     uint32_t flags
 
+cdef struct detour:                 # worker.detour: a request that special rules have a part in, see special.pyx
+    operation_row row               # the opcode's own but for what is put in place of these two
+    server serve
+    replier answer
+    uint32_t vertex                 # of the directory listed, or of the name looked up
+    bint read_only
+    bint again                      # the reply held nothing but hidden names
+
 cdef struct worker:
     mount_state *mount
     uint32_t slot
@@ -86,6 +95,7 @@ cdef struct worker:
     size_t argument_bytes
     int device                      # the descriptor it was read from, which takes the reply
     const operation_row *row
+    detour detour
     uint64_t current                # atomic: its unique while an INTERRUPT can find it here, else 0
     uint64_t interrupted            # atomic: the unique that an INTERRUPT named last
     int64_t give_up_us              # when an interrupted request is answered EINTR; 0: not interrupted
@@ -122,17 +132,27 @@ cdef struct pending_request:        # read while all workers were busy; the byte
     int64_t interrupted_us          # 0: not
     bint answered                   # the kernel has its answer, but the server has still to be told
 
-cdef struct lock_wait:              # a SETLKW that the server has not granted yet
-    lock_wait *next
+cdef struct waiting:                # a request that the server answers on the event channel (waits.pyx)
+    waiting *next
     fuse_in_header request
-    lock_request lock
     int device
+    uint16_t op                     # OP_SETLKW, OP_OPEN, OP_READ, OP_WRITE; OP_RELEASE to undo an OP_OPEN
+    uint32_t limit                  # READ: bytes that the kernel takes
+    uint64_t done                   # WRITE: bytes that are written already
+    uint8_t *message                # as it is sent; its tag is the request's unique
+    size_t message_bytes
     bint sent
     bint interrupted
-    bint cancelled                  # CANCEL was sent
+    bint wants_out                  # the server is to be told: CANCEL
+    bint cancelled                  # it was
     bint orphan                     # the kernel has its answer; the server may still think that somebody waits
     bint dying                      # so does its owner: whatever was granted meanwhile is to be given back
+    bint undoing                    # the message does that; its reply ends the matter
     int64_t since_us
+
+cdef struct mount_change:           # a MOUNTS_CHANGED; its body follows
+    mount_change *next
+    size_t size
 
 cdef struct mount_state:
     # fixed once the mount serves
@@ -145,13 +165,16 @@ cdef struct mount_state:
     bint setxattr_ext
     bint deny_others                # allow_root: only `owner` and root
     uint32_t owner
+    bint special_remote             # opening a FIFO or device of the server opens it there
     int64_t timeout_us              # 0: wait for ever
     int64_t spin_us
     int32_t cpus
     int32_t neighbour               # 1: the engine runs on this machine
+    void *rules                     # special_state of special.pxd; NULL: no rule is about anything below the source
     int loadavg_fd
     int event_fd                    # wakes the event thread
     int manager_fd                  # wakes the manager
+    int changes_fd                  # wakes whoever follows the server's mounts
     # atomic
     int32_t stopping
     int32_t down                    # the server could not be reached for timeout_us: fail at once
@@ -160,6 +183,7 @@ cdef struct mount_state:
     int32_t releases                # RELEASEs under way
     int32_t breaks                  # how often the event channel broke
     int64_t heard_us                # when the event channel last brought something
+    uint64_t last_polled            # the highest fuse_poll_in.kh that asked for a notification
     # under guard
     pthread_mutex_t guard
     worker *workers[MAX_SLOTS]
@@ -177,9 +201,14 @@ cdef struct mount_state:
     forget_item *forgets
     size_t forget_count             # atomic too, as a hint
     size_t forget_room
-    lock_wait *lock_waits
+    waiting *waits
+    mount_change *changes           # not looked at yet, the oldest first
+    mount_change **changes_end
+    size_t change_count
     # the event thread's own
     line event
+    uint64_t event_seen             # number of the last message of the session that was taken from the event channel
+    uint32_t event_unconfirmed      # messages since we last told the server how far we are
     bint event_flushing
     int64_t pinged_us
     int64_t unanswered_us           # the first PING since the server was last heard; 0: none

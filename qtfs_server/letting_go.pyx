@@ -1,0 +1,144 @@
+"""Gives up the descriptors by which nodes hold mounts of the server: of idle nodes, of one mount, of mounts that are gone.
+
+Nodes that hold such a mount stand in session.holders. One whose file is open is left alone: the open file holds the
+mount anyway. What a node needs to be opened again is kept as in an eviction (nodes.pyx).
+
+Lock order: _walking, then session.guard. _walking is held over system calls; nobody waits for it but who unmounts.
+"""
+from libc.stdint cimport uint32_t, uint64_t
+
+from qtfs_server.includes.linux cimport pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock
+from qtfs_server.mounts cimport close_idle_mounts, is_let_go, set_holding
+from qtfs_server.nodes cimport node_put_aside, node_unpin
+from qtfs_server.session cimport NODE_IN_USE, NODE_LISTED, NODE_WARM, device, node, node_at, session, session_after
+
+cdef pthread_mutex_t _walking
+pthread_mutex_init(&_walking, NULL)
+
+cdef struct progress:               # of one walk through session.holders, which grows at its end meanwhile
+    uint32_t at
+    uint32_t kept
+
+
+# ---- idle ones -------------------------------------------------------------------------------------------------------
+
+cdef bint _holds_locked(session *s, node *n) noexcept nogil:
+    return n.flags & NODE_IN_USE and n.fd >= 0 and is_let_go(s, n.device)
+
+
+cdef node *_next_idle_locked(session *s, progress *walk) noexcept nogil:
+    """Pin the next node that was not used since the last walk; NULL at the end. Those that stay are kept in the list."""
+    cdef uint32_t index
+    cdef node *n = NULL
+    while walk.at < s.holder_count:
+        index = s.holders[walk.at]
+        walk.at += 1
+        n = node_at(s, index)
+        if not _holds_locked(s, n):
+            n.flags &= ~NODE_LISTED
+            continue
+        s.holders[walk.kept] = index        # until the descriptor is really gone
+        walk.kept += 1
+        if n.flags & NODE_WARM and not s.devices[n.device].gone:
+            n.flags &= ~NODE_WARM
+        elif n.pins == 0 and n.handles == 0:
+            n.pins += 1
+            return n
+    s.holder_count = walk.kept
+    return NULL
+
+
+cdef bint _let_session_go(session *s) noexcept nogil:
+    """One walk. Whether something is still held."""
+    cdef progress walk
+    cdef node *n = NULL
+    walk.at = walk.kept = 0
+    while True:
+        pthread_mutex_lock(&s.guard)
+        n = _next_idle_locked(s, &walk)
+        pthread_mutex_unlock(&s.guard)
+        if n == NULL:
+            break
+        node_put_aside(s, n)
+        node_unpin(s, n)
+    return close_idle_mounts(s) or s.holder_count > 0
+
+
+cdef bint let_idle_go() noexcept nogil:
+    """Close what has not been used since the last call. Whether there is something left to close."""
+    cdef session *s
+    cdef bint left = False
+    pthread_mutex_lock(&_walking)
+    set_holding(False)              # what comes from now on rings again
+    s = session_after(NULL)
+    while s != NULL:
+        if _let_session_go(s):
+            left = True
+        s = session_after(s)
+    pthread_mutex_unlock(&_walking)
+    return left
+
+
+# ---- one mount, gone ones --------------------------------------------------------------------------------------------
+
+cdef bint _is_mount(const device *d, uint64_t mount_id) noexcept nogil:
+    return d.mount_id == mount_id or d.listed_id == mount_id
+
+
+cdef void _cool(session *s, uint64_t mount_id) noexcept nogil:
+    """Make the nodes and the descriptor of a mount look idle."""
+    cdef uint32_t i
+    cdef node *n = NULL
+    pthread_mutex_lock(&s.guard)
+    for i in range(s.holder_count):
+        n = node_at(s, s.holders[i])
+        if n.flags & NODE_IN_USE and _is_mount(&s.devices[n.device], mount_id):
+            n.flags &= ~NODE_WARM
+    for i in range(s.device_count):
+        if _is_mount(&s.devices[i], mount_id):
+            s.devices[i].warm = False
+    pthread_mutex_unlock(&s.guard)
+
+
+cdef void release_mount(uint64_t mount_id) noexcept nogil:
+    """Let a mount go that is about to be unmounted: by its id in the mount table, or by its unique one.
+
+    What still holds it then are open files, requests under way, and sessions whose root is on it.
+    """
+    cdef session *s
+    pthread_mutex_lock(&_walking)
+    s = session_after(NULL)
+    while s != NULL:
+        _cool(s, mount_id)
+        _let_session_go(s)
+        _cool(s, mount_id)          # to put nodes aside, the mount itself was opened
+        close_idle_mounts(s)
+        s = session_after(s)
+    pthread_mutex_unlock(&_walking)
+
+
+def note_known_mounts() -> None:
+    """Before the mount table is read: which mounts may be missing there because they are gone."""
+    cdef session *s = session_after(NULL)
+    cdef uint32_t i
+    while s != NULL:
+        pthread_mutex_lock(&s.guard)
+        for i in range(s.device_count):
+            s.devices[i].known = True
+        pthread_mutex_unlock(&s.guard)
+        s = session_after(s)
+
+
+def mark_gone_mounts(table: dict[int, object]) -> None:
+    """Afterwards: what is not in the table is gone, and nodes there are lost. The root's mount stays for its session."""
+    cdef session *s = session_after(NULL)
+    cdef device *d
+    cdef uint32_t i
+    while s != NULL:
+        pthread_mutex_lock(&s.guard)
+        for i in range(s.device_count):
+            d = &s.devices[i]
+            if d.known and is_let_go(s, i) and d.listed_id != 0 and d.listed_id not in table:
+                d.gone = True
+        pthread_mutex_unlock(&s.guard)
+        s = session_after(s)

@@ -1,0 +1,13 @@
+"""The server's mounts as sessions hold them, and the mount table."""
+from libc.stdint cimport uint32_t, uint64_t
+
+from qtfs_server.session cimport node, session
+
+cdef bint is_let_go(session *s, uint32_t on_device) noexcept nogil
+cdef bint is_gone(session *s, uint32_t on_device) noexcept nogil
+cdef void note_holder_locked(session *s, uint32_t index) noexcept nogil
+cdef int borrow_mount(session *s, uint32_t on_device) noexcept nogil
+cdef void return_mount(session *s, uint32_t on_device) noexcept nogil
+cdef bint close_idle_mounts(session *s) noexcept nogil
+cdef void set_holding(bint holding) noexcept nogil
+cdef int holding_fd() noexcept nogil

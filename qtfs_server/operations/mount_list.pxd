@@ -1,0 +1,3 @@
+from qtfs_server.request cimport request
+
+cdef int op_list_mounts(request *r) noexcept nogil

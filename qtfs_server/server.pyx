@@ -179,7 +179,7 @@ cdef void _open_events(connection *c) noexcept:
 
 
 cdef void _answer_wait(session *s, uint64_t tag, int error) noexcept nogil:
-    """Reply to a SETLKW from the thread that tries locks."""
+    """Reply to a SETLKW, from whatever thread."""
     event_reply(s, OP_SETLKW, tag, error, NULL, 0)
 
 

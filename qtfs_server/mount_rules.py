@@ -16,7 +16,7 @@ import re
 from qtfs_common import mountinfo
 from qtfs_common.remote_calls import Option, OptionKind
 from qtfs_common.whitelist import Type
-from qtfs_server.policy import deny, granted
+from qtfs_server.policy import deny, granted, leads_to_rule
 
 log = logging.getLogger(__name__)
 
@@ -80,9 +80,9 @@ def check_place(path: bytes) -> None:
 
 
 def check_source(source: bytes, target: bytes) -> None:
-    """EPERM unless `source` may be mounted, and what is allowed at `target` is allowed there too."""
+    """EPERM unless `source` may be mounted, and what is allowed at `target` is allowed there and everywhere below."""
     of_source = granted(source)
-    if not of_source & _MOUNT or granted(target) & ~of_source & _ON_FILES:
+    if not of_source & _MOUNT or granted(target) & ~of_source & _ON_FILES or leads_to_rule(source):
         raise _refuse(source)
 
 

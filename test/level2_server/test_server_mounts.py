@@ -244,6 +244,23 @@ def own_engine(area: Path, **granted: list[Path]) -> Iterator[Session]:
             unmount_below(str(area))
 
 
+@pytest.mark.parametrize("action", ["hide", "readonly"])
+def test_what_leads_to_a_rule_is_not_mounted_elsewhere(tmp_path: Path, action: str) -> None:
+    """Rules are for paths: under another one the file would be open."""
+    share = tmp_path / "area/share"
+    made(share, "from/inner", "other", "d")
+    rule = f'[[rule]]\npath = "{share}/from/inner/file"\naction = "{action}"\n'
+    engine = EngineProcess(tmp_path / "area", special=rule)
+    with engine.running(), Session(engine.address, share) as session:
+        try:
+            for source in (b"from", b"from/inner"):
+                with refused(errno.EPERM):
+                    mount(session, BIND, b"d", source, flags=errands.SOURCE_BELOW)
+            mount(session, BIND, b"d", b"other", flags=errands.SOURCE_BELOW)
+        finally:
+            unmount_below(str(share))
+
+
 def test_a_bind_mount_grants_nothing(tmp_path: Path) -> None:
     """What may be mounted and read, but not written, is not bound to where everything is allowed."""
     area, other = tmp_path / "area", tmp_path / "other"

@@ -258,9 +258,10 @@ cdef int device_refusal(int fd) noexcept nogil:
 
 
 def _names_device(path: bytes) -> bool:
-    return any([
-        path == line or (line + b"/").startswith(b"/dev/") and path.startswith(line + b"/") for line in _open_lines
-    ])
+    for line in _open_lines:
+        if path == line or (line + b"/").startswith(b"/dev/") and path.startswith(line + b"/"):
+            return True
+    return False
 
 
 def denials() -> dict[str, int]:

@@ -7,7 +7,6 @@ from qtfs_server.session cimport handle, node, session
 cdef int handle_new(session *s, node *n, int fd, uint32_t flags, uint64_t *id) noexcept nogil
 cdef int handle_new_stream(session *s, node *n, int fd, uint32_t flags, open_reply *out) noexcept nogil
 cdef int handle_pin(session *s, uint64_t id, handle **out) noexcept nogil
-cdef handle *handle_pin_stream(session *s, const node *n) noexcept nogil
 cdef void handle_unpin(session *s, handle *h) noexcept nogil
 cdef int handle_end(session *s, uint64_t id) noexcept nogil
 

@@ -107,21 +107,6 @@ cdef int handle_pin(session *s, uint64_t id, handle **out) noexcept nogil:
     return 0 if out[0] != NULL else -ESTALE
 
 
-cdef handle *handle_pin_stream(session *s, const node *n) noexcept nogil:
-    """Hold some open stream of a node; NULL: there is none."""
-    cdef handle *h = NULL
-    cdef uint32_t i
-    pthread_mutex_lock(&s.guard)
-    for i in range(1, s.handle_count if n.handles > 0 else 0):
-        h = handle_at(s, i)
-        if h.node == n and h.flags & HANDLE_IN_USE and h.flags & HANDLE_STREAM and not h.flags & HANDLE_ENDED:
-            h.pins += 1
-            break
-        h = NULL
-    pthread_mutex_unlock(&s.guard)
-    return h
-
-
 cdef node *_free_handle_locked(session *s, handle *h) noexcept nogil:
     """Take an ended handle out of use; the caller closes its descriptor and lets the node go that is returned."""
     h.flags = 0

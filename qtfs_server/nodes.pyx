@@ -15,7 +15,7 @@ from qtfs_server.attributes cimport device_index, fill_attributes, find_device_l
     stat_fd, stat_name
 from qtfs_server.descriptors cimport close_counted, descriptor_opened, descriptors_short, fd_path, proc_path
 from qtfs_server.includes.linux cimport AT_EMPTY_PATH, AT_FDCWD, O_CLOEXEC, O_DIRECTORY, O_NOFOLLOW, \
-    O_NONBLOCK, O_PATH, O_RDONLY, RESOLVE_NO_SYMLINKS, S_IFDIR, S_IFMT, S_IFREG, SYS_openat2, close, file_handle, \
+    O_NONBLOCK, O_PATH, O_RDONLY, RESOLVE_NO_SYMLINKS, S_IFCHR, S_IFDIR, S_IFMT, S_IFREG, SYS_openat2, close, file_handle, \
     name_to_handle_at, open_by_handle_at, open_how, openat, pthread_mutex_lock, pthread_mutex_unlock, statx_t, syscall
 from qtfs_server.mounts cimport borrow_mount, is_gone, is_let_go, note_holder_locked, return_mount
 from qtfs_server.policy cimport ALLOW_LOOK, OFF_TRIE, child_place, current_epoch, enter_file_system, path_place, place, \
@@ -573,6 +573,12 @@ cdef void _count_locked(session *s, uint32_t index, const statx_t *st, place whe
     _fill_entry(s, index, st, out)
 
 
+cdef bint _has_ended(const node *n) noexcept nogil:
+    """Whether a node that has its descriptor is a terminal of the past: devpts uses their inode numbers again at once."""
+    cdef statx_t st
+    return n.type == S_IFCHR and stat_fd(n.fd, &st) == 0 and st.stx_nlink == 0
+
+
 cdef bint _count_known(session *s, const node *parent, const statx_t *st, place where, entry *out) noexcept nogil:
     """The common case: the node is known and has its descriptor, so that its inode cannot have been used again.
 
@@ -584,7 +590,7 @@ cdef bint _count_known(session *s, const node *parent, const statx_t *st, place 
     if find_device_locked(s, st, &on_device):
         index = _find_locked(s, on_device, st.stx_ino)
     if index != NO_INDEX and on_device == parent.device and node_at(s, index).fd >= 0 and \
-            node_at(s, index).type == (st.stx_mode & S_IFMT):
+            node_at(s, index).type == (st.stx_mode & S_IFMT) and not _has_ended(node_at(s, index)):
         _count_locked(s, index, st, where, out)
         hit = True
     pthread_mutex_unlock(&s.guard)
@@ -597,7 +603,7 @@ cdef bint _is_node_locked(node *n, const statx_t *st, const file_handle *current
     if n.type != (st.stx_mode & S_IFMT):
         return False
     if n.fd >= 0:
-        return True
+        return not _has_ended(n)
     if kept == NULL:
         return False                # unlinked before its descriptor went
     if n.flags & NODE_REVIVE_BY_PATH or current == NULL:

@@ -12,7 +12,7 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from qtfs_common.protocol cimport NODE_STREAM_WRITER, NODE_UNCACHED, OP_READ, OP_WRITE, OPENED_UNCACHED, POLL_NOTIFY, \
     READ_NONBLOCK, WRITE_NONBLOCK, attributes_reply, count_reply, open_reply, poll_reply, poll_request, read_request, \
     write_request
-from qtfs_server.handles cimport handle_new, handle_new_stream, handle_pin, handle_pin_stream, handle_unpin
+from qtfs_server.handles cimport handle_new, handle_new_stream, handle_pin, handle_unpin
 from qtfs_server.descriptors cimport proc_path
 from qtfs_server.identity cimport act_as_root
 from qtfs_server.includes.linux cimport AT_FDCWD, O_ACCMODE, O_CLOEXEC, O_NOCTTY, O_NONBLOCK, O_RDONLY, O_RDWR, \
@@ -84,18 +84,12 @@ cdef uint32_t _bytes_to_read(int fd) noexcept nogil:
 
 cdef void show_as_stream(request *r, const node *n, attributes_reply *out) noexcept nogil:
     """Attributes of a special file under the alias that is for reading and writing: a regular file's."""
-    cdef handle *h = NULL
     if n.type == S_IFBLK:
         out.attr.size = _block_device_bytes(out.attr.rdev)
-    elif r.who.node & NODE_STREAM_WRITER == NODE_STREAM_WRITER:
-        # A kernel lets only one write beyond the end of a file wait at a time, and the others not even be killed.
-        out.attr.size = ENDLESS
     else:
-        # The client's kernel answers FIONREAD from it, and asks without a handle.
-        h = handle_pin_stream(r.s, n)
-        out.attr.size = _bytes_to_read(h.fd) if h != NULL else 0
-        if h != NULL:
-            handle_unpin(r.s, h)
+        # A kernel lets only one write beyond the end of a file wait at a time, and the others not even be killed.
+        # A reader that shows a size other than 0, wc(1) for one, is believed to have no more than that.
+        out.attr.size = ENDLESS if r.who.node & NODE_STREAM_WRITER == NODE_STREAM_WRITER else 0
     out.attr.mode = (out.attr.mode & ~<uint32_t>S_IFMT) | S_IFREG
     out.attr.rdev = 0
     out.node_flags |= NODE_UNCACHED

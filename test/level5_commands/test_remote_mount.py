@@ -53,7 +53,11 @@ def test_a_mount_that_propagates_back(tmp_path: Path) -> None:
         (both.share / "d").mkdir()
         both.on_client('mount -t qtfs.tmpfs none "$point/d"').check()
         wait_until(lambda: str(both.point / "d") in both.client.mountinfo(), "the mount on the client")
-        both.on_client('mkdir "$point/d/inner"; mount -t qtfs.tmpfs none "$point/d/inner"; touch "$point/d/inner/f"').check()
+        both.on_client("""
+            mkdir "$point/d/inner"
+            mount -t qtfs.tmpfs none "$point/d/inner"
+            touch "$point/d/inner/f"
+        """).check()
         wait_until(lambda: str(both.point / "d/inner") in both.client.mountinfo(), "the other mount on the client")
         both.on_client('"$qtctl" umount "$point/d/inner"; "$qtctl" umount "$point/d"').check()
         assert not both.mounted_on_server()

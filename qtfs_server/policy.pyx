@@ -434,11 +434,11 @@ def install(whitelist: "Whitelist", special: "Sequence[Rule]" = ()) -> None:
     r.paths = trie_new(rows)
     _fill(r, rows)
     _open_lines = tuple([b"/" + b"/".join(components(path)) for path in whitelist.paths.get(Type.OPEN, ())])
+    _commands = frozenset(whitelist.commands)
     pthread_mutex_lock(&_epoch_guard)
     r.previous = _rules
     r.first_epoch = _epoch + 1
     atomic_store_pointer(<void **>&_rules, r)
-    _commands = frozenset(whitelist.commands)
     atomic_add_int(&_epoch, 1)
     pthread_mutex_unlock(&_epoch_guard)
 

@@ -361,7 +361,9 @@ def test_a_mount_that_never_ends_holds_nothing(tmp_path: Path) -> None:
                 assert mounted.stdout is not None and mounted.stdout.readline() == b"mounted\n"
                 both.on_client("""
                     for i in 1 2 3; do
-                        while "$qtctl" mount --bind "$share/hung/x" "$point/d" 2>&1 | grep -q unavailable; do :; done &
+                        while "$qtctl" mount --bind "$share/hung/x" "$point/d" 2>&1 | grep -q unavailable; do
+                            :
+                        done >/dev/null 2>&1 &
                     done
                     mkdir "$point/goes-on"
                     until "$qtctl" mount -t tmpfs none "$point/goes-on" 2>&1 | grep -q unavailable; do

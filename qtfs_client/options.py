@@ -58,8 +58,8 @@ class MountOptions:
 
     ``source`` is an absolute, normalised path on the server, ``mountpoint`` a real path here. ``kernel_flags`` are for
     libfuse, ``ro`` excluded, ``suid`` and ``dev`` spelt out since libfuse forbids them otherwise; whoever joins them by
-    commas escapes those inside (SELinux contexts) with a backslash. ``rules`` are
-    all special rules, of whatever path. ``ignored`` are options dropped because of ``-s``.
+    commas escapes those inside (SELinux contexts) with a backslash. ``rules`` are all special rules, of whatever path.
+    ``ignored`` are options dropped because of ``-s``.
     """
 
     source: str

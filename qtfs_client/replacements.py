@@ -55,14 +55,21 @@ def _output(command: list[str]) -> bytes:
             deadline = time.monotonic() + COMMAND_TIMEOUT_S
             found = _read_all(process.stdout, command[0], deadline)
             status = process.wait(max(deadline - time.monotonic(), 0.01))
-        except BaseException as error:
-            # Not waited for yet, so the number is still its own.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            raise _timed_out(command[0]) if isinstance(error, subprocess.TimeoutExpired) else error
+        except subprocess.TimeoutExpired as error:
+            _kill(process)
+            raise _timed_out(command[0]) from error
+        except BaseException:
+            _kill(process)
+            raise
     if status != 0:
         raise OSError(errno.EIO, f"ended with {status}", command[0])
     return found
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """End a command and what it began. It has not been waited for, so the number is still its own."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _timed_out(command: str) -> OSError:

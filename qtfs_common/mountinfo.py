@@ -44,7 +44,7 @@ def parse(line: bytes) -> Mount:
 
 
 def read(proc: int | None = None) -> dict[int, Mount]:
-    """The mount table as it is now, by id, in its order. `proc`: a descriptor of another /proc than that of our root."""
+    """The mount table as it is now, by id, in its order. `proc`: a descriptor of another /proc than our own."""
     with open(MOUNTINFO if proc is None else os.open("self/mountinfo", os.O_RDONLY, dir_fd=proc), "rb") as table:
         # Not splitlines(): a path may hold a carriage return.
         return {mount.id: mount for mount in map(parse, table.read().split(b"\n")[:-1])}

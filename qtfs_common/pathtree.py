@@ -1,8 +1,8 @@
 """Patterns of paths as a tree in which a path has one place, however many patterns match it.
 
-A component of a pattern is a name, ``*`` (any one component) or ``[pid]`` (a decimal number). Once :meth:`PathTree.rows`
-has been called, a path is followed by the branch of its name, else that of ``[pid]`` if it is a number, else that of
-``*``; nothing has to be tried twice. qtfs_common.tries keeps such a tree in C.
+A component of a pattern is a name, ``*`` (any one component) or ``[pid]`` (a decimal number). After
+:meth:`PathTree.rows` a path is followed by the branch of its name, else that of ``[pid]`` if it is a number, else that
+of ``*``; nothing has to be tried twice. qtfs_common.tries keeps such a tree in C.
 """
 
 from __future__ import annotations

@@ -6,9 +6,9 @@ A file is a list of rules::
     path = "/proc/[pid]/environ"
     action = "hide"
 
-``path`` is absolute, on the server; a component may be ``*`` (any one) or ``[pid]`` (a decimal number). What the actions
-do, and which further keys they take, is in qtfs.special.toml(5). Of rules for one path the last one wins; a rule with
-``commands`` leaves processes it does not name to the rule before it. A mistake anywhere spoils the whole file.
+``path`` is absolute, on the server; a component may be ``*`` (any one) or ``[pid]`` (a decimal number). What the
+actions do, and which further keys they take, is in qtfs.special.toml(5). Of rules for one path the last one wins; a
+rule with ``commands`` leaves processes it does not name to the rule before. A mistake anywhere spoils the whole file.
 """
 
 from __future__ import annotations
@@ -243,7 +243,8 @@ def _commands(table: Mapping[str, Any], pattern: tuple[bytes, ...]) -> tuple[byt
     names = tuple(os.fsencode(name) for name in _texts(table, "commands"))
     for name in names:
         if len(name) > _COMM_MAX or b"/" in name:
-            raise ValueError(f"commands: '{os.fsdecode(name)}' is not as /proc/PID/comm shows it: {_COMM_MAX} bytes, no /")
+            shown = f"'{os.fsdecode(name)}' is not as /proc/PID/comm shows it: {_COMM_MAX} bytes, no /"
+            raise ValueError(f"commands: {shown}")
     return names
 
 

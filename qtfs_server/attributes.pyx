@@ -143,7 +143,7 @@ cdef int device_index(session *s, int fd, const statx_t *st, uint32_t *out) noex
     fstatfs(fd, &fs)
     listed.stx_mnt_id = 0
     statx(fd, b"", AT_EMPTY_PATH | AT_NO_AUTOMOUNT, STATX_MNT_ID, &listed)
-    shield = shield_of(fs.f_type, listed.stx_mnt_id, fd)
+    shield = shield_of(fs.f_type, fd)
     pthread_mutex_lock(&s.guard)
     error = _add_device_locked(s, st, <uint32_t>listed.stx_mnt_id, fs.f_type, shield, out)
     pthread_mutex_unlock(&s.guard)

@@ -1,6 +1,7 @@
 """The engine: listens, runs the worker threads, obeys signals.
 
-SIGHUP reads the whitelist and the special rules again, SIGTERM and SIGINT let the workers finish what they execute and end the process.
+SIGHUP reads the whitelist and the special rules again, SIGTERM and SIGINT let the workers finish what they execute and
+end the process.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from qtfs_server.server import Server
 log = logging.getLogger(__name__)
 
 _SIGNALS = {signal.SIGHUP, signal.SIGTERM, signal.SIGINT}
+#: Files whose locks local processes of the server contend for, at the same time; the rest is polled.
+_LOCK_QUEUERS = 4
 _EXPIRY_PERIOD_S = 1.0
 _DRAIN_TIMEOUT_S = 10.0
 
@@ -109,6 +112,8 @@ def _start_threads(server: Server, workers: int) -> list[threading.Thread]:
     threads.append(threading.Thread(target=server.wait_for_locks, name="locks", daemon=True))
     threads.append(threading.Thread(target=server.watch_streams, name="streams", daemon=True))
     threads.append(threading.Thread(target=server.watch_mounts, name="mounts", daemon=True))
+    queuers = range(_LOCK_QUEUERS)
+    threads += [threading.Thread(target=server.queue_for_locks, name=f"lock-queue-{i}", daemon=True) for i in queuers]
     for thread in threads:
         thread.start()
     return threads

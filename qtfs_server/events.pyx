@@ -34,6 +34,7 @@ cdef extern from "<sys/socket.h>" nogil:
 
 cdef enum:
     MAX_OUTBOX_BYTES = 64 << 20     # of one session: a client that acknowledges nothing is cut off
+    MAX_TOLD_BYTES = 1 << 20        # of what was not asked for, while there is no event channel
 
 cdef pthread_mutex_t _blocked_guard
 cdef session *_blocked = NULL       # sessions whose socket is full, each with a reference
@@ -154,13 +155,13 @@ cdef void event_notify(session *s, uint16_t op, uint64_t tag) noexcept nogil:
 
 
 cdef void event_tell(session *s, uint16_t op, const void *body, size_t body_bytes) noexcept nogil:
-    """The same, if there is an event channel: a client that attaches one reckons that it missed something."""
-    cdef bint attached
+    """The same with a body, which waits for an event channel; but not more than a reasonable client leaves waiting."""
+    cdef bint has_room
     pthread_mutex_lock(&s.outbox_guard)
-    attached = s.event != NULL
+    has_room = s.event != NULL or s.outbox_bytes < MAX_TOLD_BYTES
     pthread_mutex_unlock(&s.outbox_guard)
-    if attached:
-        _send(s, op, 0, 0, 0, body, body_bytes, False)
+    if has_room:
+        _send(s, op, 0, 0, 0, body, body_bytes, True)
 
 
 cdef void event_pong(session *s, uint64_t tag) noexcept nogil:

@@ -111,8 +111,6 @@ cdef void release_mount(uint64_t mount_id) noexcept nogil:
     while s != NULL:
         _cool(s, mount_id)
         _let_session_go(s)
-        _cool(s, mount_id)          # to put nodes aside, the mount itself was opened
-        close_idle_mounts(s)
         s = session_after(s)
     pthread_mutex_unlock(&_walking)
 

@@ -55,6 +55,7 @@ cdef struct locked_file:
 
 cdef bint nothing_locked() noexcept nogil
 cdef locked_file *file_enter(session *s, node *n, bint make) noexcept nogil
+cdef void file_hold(locked_file *f) noexcept nogil
 cdef void file_leave(locked_file *f) noexcept nogil
 cdef lock_owner *owner_find(locked_file *f, const session *s, uint64_t owner) noexcept nogil
 cdef lock_owner *owner_new(locked_file *f, session *s, uint64_t owner, uint64_t handle, int fd) noexcept nogil
@@ -65,7 +66,6 @@ cdef bint is_held(locked_file *f, const session *s, const lock_request *what) no
 
 cdef bint is_waiting(const session *s, uint64_t tag) noexcept nogil
 cdef int wait_add(lock_wait *w) noexcept nogil
-cdef bint session_hold(session *s) noexcept nogil
 cdef lock_wait *wait_take(lock_wait **at) noexcept nogil
 cdef locked_file *file_of_wait(const session *s, uint64_t tag) noexcept nogil
 cdef locked_file *file_awaited(const session *s) noexcept nogil

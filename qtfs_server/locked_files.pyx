@@ -83,6 +83,13 @@ cdef locked_file *_enter_locked(locked_file *f) noexcept nogil:
     return f
 
 
+cdef void file_hold(locked_file *f) noexcept nogil:
+    """One more reference: whoever takes the turn of it by himself gives both back with file_leave."""
+    pthread_mutex_lock(&_guard)
+    f.references += 1
+    pthread_mutex_unlock(&_guard)
+
+
 cdef void file_leave(locked_file *f) noexcept nogil:
     """Give the turn back; a record that says nothing goes."""
     cdef locked_file **at
@@ -223,14 +230,6 @@ cdef int wait_add(lock_wait *w) noexcept nogil:
         waiting[0] = w
     pthread_mutex_unlock(&_guard)
     return error
-
-
-cdef bint session_hold(session *s) noexcept nogil:
-    """Take a reference to the session of a wait; False: it is about to be freed, and ends its waits itself."""
-    if atomic_add_int(&s.references, 1) > 1:
-        return True
-    atomic_add_int(&s.references, -1)
-    return False
 
 
 cdef lock_wait *wait_take(lock_wait **at) noexcept nogil:

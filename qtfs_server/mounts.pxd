@@ -7,7 +7,7 @@ cdef bint is_let_go(session *s, uint32_t on_device) noexcept nogil
 cdef bint is_gone(session *s, uint32_t on_device) noexcept nogil
 cdef void note_holder_locked(session *s, uint32_t index) noexcept nogil
 cdef int borrow_mount(session *s, uint32_t on_device) noexcept nogil
-cdef void return_mount(session *s, uint32_t on_device) noexcept nogil
+cdef void return_mount(session *s, uint32_t on_device, bint keep) noexcept nogil
 cdef bint close_idle_mounts(session *s) noexcept nogil
 cdef void set_holding(bint holding) noexcept nogil
 cdef int holding_fd() noexcept nogil

@@ -120,14 +120,15 @@ cdef int _borrow_locked(session *s, uint32_t on_device, int fresh) noexcept nogi
         descriptor_opened()
     if d.mount_fd >= 0:
         d.mount_users += 1
-        d.warm = True
     return d.mount_fd
 
 
-cdef void return_mount(session *s, uint32_t on_device) noexcept nogil:
-    """Give back what borrow_mount gave."""
+cdef void return_mount(session *s, uint32_t on_device, bint keep) noexcept nogil:
+    """Give back what borrow_mount gave; `keep` it open for a while, for who comes next."""
     pthread_mutex_lock(&s.guard)
     s.devices[on_device].mount_users -= 1
+    if keep:
+        s.devices[on_device].warm = True
     pthread_mutex_unlock(&s.guard)
 
 

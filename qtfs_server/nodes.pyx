@@ -251,7 +251,7 @@ cdef uint8_t *_means_to_revive(session *s, node *n, uint16_t *by_path) noexcept 
         mount_fd = borrow_mount(s, n.device)
         revive = _usable_handle(n, mount_fd)
         if mount_fd >= 0:
-            return_mount(s, n.device)
+            return_mount(s, n.device, False)
     else:
         revive = _usable_handle(n, _mount_fd(s, n))
     if revive == NULL:
@@ -404,7 +404,7 @@ cdef int _revived(session *s, node *n, revival *by) noexcept nogil:
     if by.mount_fd < 0:
         return -ESTALE
     fd = _revived_fd(s, n, by)
-    return_mount(s, n.device)
+    return_mount(s, n.device, True)
     return fd
 
 

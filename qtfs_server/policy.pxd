@@ -33,7 +33,7 @@ cdef struct place:                  # what the rules say of one path
 cdef place path_place(const char *path, const place *known) noexcept nogil
 cdef place child_place(const place *parent, const uint8_t *name, size_t length) noexcept nogil
 cdef void enter_file_system(place *where, uint16_t shield) noexcept nogil
-cdef uint16_t shield_of(int64_t f_type, uint64_t mount_id, int fd) noexcept nogil
+cdef uint16_t shield_of(int64_t f_type, int fd) noexcept nogil
 cdef bint may_hide_names(const place *where) noexcept nogil
 cdef bint is_procfs(int64_t f_type) noexcept nogil
 cdef uint32_t current_epoch() noexcept nogil

@@ -13,17 +13,18 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc
 from libc.string cimport strchr, strlen
 
+from qtfs_common.protocol cimport MAX_PATH
 from qtfs_common.tries cimport trie, trie_child, trie_new
 from qtfs_server.descriptors cimport fd_path
 from qtfs_server.includes.linux cimport atomic_add_int, atomic_add_u64, atomic_load_int, atomic_load_pointer, \
-    atomic_store_pointer
+    atomic_store_pointer, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock
 
 import logging
 import os
 from typing import TYPE_CHECKING
 
 from qtfs_common.errors import ConfigError
-from qtfs_common.pathtree import PathTree, components
+from qtfs_common.pathtree import ANY, NUMBER, PathTree, components
 from qtfs_common.special import Action
 from qtfs_common.whitelist import Type
 from qtfs_server import protected
@@ -41,7 +42,6 @@ cdef enum:
         ALLOW_SETXATTR
     ANYTHING = (1 << 12) - 1 | ALLOW_CHANGE | ALLOW_LOOK
     MOVES = ALLOW_RENAME | ALLOW_RMDIR
-    PATH_ROOM = 4096
 
 cdef struct vertex:                 # of the first trie
     uint16_t allowed
@@ -51,13 +51,17 @@ cdef struct vertex:                 # of the first trie
 cdef struct rules:
     trie *paths
     vertex *vertices
+    int32_t first_epoch             # that they are in force in
+    rules *previous
     int32_t logged[TYPES]           # a denial is logged once per type and reload
     int32_t logged_protected
 
-# Readers may still hold the rules that a reload replaced, so those are kept: some kilobytes for each SIGHUP.
+# Places of earlier epochs belong to the rules that a reload replaced, so those are kept: some kilobytes for each SIGHUP.
 cdef rules *_rules = NULL
 cdef tuple _open_lines = ()
 cdef int32_t _epoch = 1
+cdef pthread_mutex_t _epoch_guard   # of changes; readers take an epoch, and then the rules that it names
+pthread_mutex_init(&_epoch_guard, NULL)
 cdef uint64_t _denials[TYPES]
 cdef uint64_t _protected_denials = 0
 cdef trie *_shields = NULL
@@ -70,7 +74,17 @@ cdef uint32_t current_epoch() noexcept nogil:
 
 cdef void rules_moved() noexcept nogil:
     """Places found before this call may be wrong."""
+    pthread_mutex_lock(&_epoch_guard)
     atomic_add_int(&_epoch, 1)
+    pthread_mutex_unlock(&_epoch_guard)
+
+
+cdef rules *_rules_in(uint32_t epoch) noexcept nogil:
+    """The rules that were in force in an epoch: what a place holds are indexes into these and no others."""
+    cdef rules *r = <rules *>atomic_load_pointer(<void **>&_rules)
+    while <int32_t>(epoch - <uint32_t>r.first_epoch) < 0:
+        r = r.previous
+    return r
 
 
 # ---- places --------------------------------------------------------------------------------------------------------
@@ -114,9 +128,10 @@ cdef inline uint16_t _gives(const rules *r, const place *where) noexcept nogil:
 cdef place child_place(const place *parent, const uint8_t *name, size_t length) noexcept nogil:
     """The place of `name` in the directory at `parent`, if it is on the same file system; else see enter_file_system."""
     cdef place result = parent[0]
-    cdef rules *r = <rules *>atomic_load_pointer(<void **>&_rules)
+    cdef rules *r = NULL
     if result.trie == OFF_TRIE and result.shield == OFF_TRIE:
         return result
+    r = _rules_in(result.epoch)
     _step_path(r, &result, name, length)
     _step_shield(&result, name, length)
     result.taken &= ~_gives(r, &result)
@@ -126,7 +141,7 @@ cdef place child_place(const place *parent, const uint8_t *name, size_t length) 
 
 cdef void enter_file_system(place *where, uint16_t shield) noexcept nogil:
     """Correct a place at which another file system is mounted; `shield`: of shield_of."""
-    cdef rules *r = <rules *>atomic_load_pointer(<void **>&_rules)
+    cdef rules *r = _rules_in(where.epoch)
     if where.trie != OFF_TRIE:
         where.allowed = r.vertices[where.trie].allowed
     where.shield = shield
@@ -149,12 +164,13 @@ cdef place path_place(const char *path, const place *known) noexcept nogil:
 
     Where it stands among the protections is taken over from `known`, its place before a reload; NULL: nothing protects it.
     """
-    cdef rules *r = <rules *>atomic_load_pointer(<void **>&_rules)
+    cdef uint32_t epoch = current_epoch()
+    cdef rules *r = _rules_in(epoch)
     cdef place result
     cdef const char *slash
     cdef size_t length
     cdef int left = _count_components(path)
-    result.epoch = current_epoch()
+    result.epoch = epoch
     result.trie = 0
     result.allowed = r.vertices[0].allowed
     result.shield = known.shield if known != NULL else OFF_TRIE
@@ -227,7 +243,7 @@ cdef int device_refusal(int fd) noexcept nogil:
     Lines of /dev name all devices below them, others only the one whose path they are: who may make files below an
     exported directory could make any device there.
     """
-    cdef char path[PATH_ROOM]
+    cdef char path[MAX_PATH]
     cdef bint named = False
     if fd_path(fd, path, sizeof(path)) > 0:
         with gil:
@@ -239,9 +255,10 @@ cdef int device_refusal(int fd) noexcept nogil:
 
 
 def _names_device(path: bytes) -> bool:
-    return any(
-        path == line or (line + b"/").startswith(b"/dev/") and path.startswith(line + b"/") for line in _open_lines
-    )
+    for line in _open_lines:
+        if path == line or (line + b"/").startswith(b"/dev/") and path.startswith(line + b"/"):
+            return True
+    return False
 
 
 def denials() -> dict[str, int]:
@@ -290,21 +307,18 @@ cdef uint16_t _shield_at(uint32_t top, bytes path) noexcept:
     return where.shield
 
 
-cdef uint16_t shield_of(int64_t f_type, uint64_t mount_id, int fd) noexcept nogil:
+cdef uint16_t shield_of(int64_t f_type, int fd) noexcept nogil:
     """Where an open file, which a session meets a mount by, stands among the protections: OFF_TRIE on most file systems."""
-    cdef char path[PATH_ROOM]
     cdef uint32_t top
     with gil:
         name = _file_system_name(f_type)
         top = trie_child(_shields, 0, <const uint8_t *><const char *>name, len(name))
         if top == 0:
             return OFF_TRIE
-        if fd_path(fd, path, sizeof(path)) <= 0:
-            return <uint16_t>top
         try:
-            return _shield_at(top, protected.path_inside(mount_id, <bytes><char *>path))
+            return _shield_at(top, protected.path_inside(fd))
         except OSError as error:
-            log.error("mount %d cannot be looked up, its root is taken for that of the file system: %s", mount_id, error)
+            log.error("a mount cannot be looked up, its root is taken for that of the file system: %s", error)
             return <uint16_t>top
 
 
@@ -398,7 +412,8 @@ cdef object _tree(whitelist, special):
 
 def _real_pattern(pattern: tuple[bytes, ...]) -> tuple[bytes, ...]:
     """The pattern behind symbolic links, since the kernel tells real paths: /run/x for /var/run/x. Wildcards end that."""
-    literal = next((i for i, name in enumerate(pattern) if name in (b"*", b"[pid]")), len(pattern) - 1)
+    wild = [i for i, name in enumerate(pattern) if name in (ANY, NUMBER)]
+    literal = wild[0] if wild else len(pattern) - 1
     return (*components(os.path.realpath(b"/" + b"/".join(pattern[:literal]))), *pattern[literal:])
 
 
@@ -418,8 +433,12 @@ def install(whitelist: "Whitelist", special: "Sequence[Rule]" = ()) -> None:
     r.paths = trie_new(rows)
     _fill(r, rows)
     _open_lines = tuple([b"/" + b"/".join(components(path)) for path in whitelist.paths.get(Type.OPEN, ())])
+    pthread_mutex_lock(&_epoch_guard)
+    r.previous = _rules
+    r.first_epoch = _epoch + 1
     atomic_store_pointer(<void **>&_rules, r)
-    rules_moved()
+    atomic_add_int(&_epoch, 1)
+    pthread_mutex_unlock(&_epoch_guard)
 
 
 _install_shields()

@@ -2,8 +2,8 @@
 
 They are named within their file system, so that it does not matter where that is mounted: a container's own /proc below
 an exported directory is no way round. A line of the whitelist that names such a path or one below it opens it again for
-its type, as does a rule `remote` of special.toml. The model is what runc and Docker mask or make read-only in containers;
-what a management plane writes every day (the rest of /proc/sys, cgroups, drivers' bind and new_id) stays as it is.
+its type, as does a rule `remote` of special.toml. The model is what runc and Docker mask or make read-only in
+containers; what a management plane writes every day (the rest of /proc/sys, cgroups, drivers' bind and new_id) stays.
 """
 
 from __future__ import annotations
@@ -57,7 +57,6 @@ PROTECTED: dict[int, dict[str, tuple[bytes, ...]]] = {
             b"/sys/kernel/perf_event_paranoid",
             b"/sys/kernel/unprivileged_bpf_disabled",
             b"/sys/kernel/yama",
-            b"/sys/kernel/keys",
             b"/sys/fs/suid_dumpable",
             b"/sys/fs/protected_hardlinks",
             b"/sys/fs/protected_symlinks",
@@ -109,10 +108,16 @@ def _mounted(mount_id: int) -> _Mounted | None:
     return None
 
 
-def path_inside(mount_id: int, path: bytes) -> bytes:
-    """The path, within its file system, of what the server knows as `path`."""
-    mounted = _mounted(mount_id)
+def _mount_number(fd: int) -> int:
+    """The number of the mount that an open file lies on, as mountinfo has it: proc_pid_fdinfo(5)."""
+    with open(f"/proc/self/fdinfo/{fd}", "rb") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(b"mnt_id:"))
+
+
+def path_inside(fd: int) -> bytes:
+    """The path of an open file within its file system. Raises OSError."""
+    mounted = _mounted(_mount_number(fd))
     if mounted is None:
         return b"/"
-    below = os.path.relpath(path, mounted.point)
+    below = os.path.relpath(os.readlink(os.fsencode(f"/proc/self/fd/{fd}")), mounted.point)
     return os.path.normpath(os.path.join(mounted.root, b"" if below.startswith(b"..") else below))

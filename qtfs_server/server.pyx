@@ -23,8 +23,8 @@ from qtfs_server.includes.linux cimport AT_FDCWD, O_CLOEXEC, O_DIRECTORY, O_PATH
     atomic_add_int, atomic_load_int, close, open_how, pthread_mutex_init, pthread_mutex_lock, \
     pthread_mutex_t, pthread_mutex_unlock, syscall
 from qtfs_server.openers cimport abandon_openings, cancel_opening
-from qtfs_server.operations.locks cimport abandon_waits, cancel_wait, set_answer, stop_waiting_for_locks, \
-    wait_for_locks
+from qtfs_server.operations.locks cimport abandon_waits, cancel_wait, queue_for_locks, set_answer, \
+    stop_waiting_for_locks, wait_for_locks
 from qtfs_server.policy cimport ALLOW_MOUNT, path_place, place, count_denial
 from qtfs_server.request cimport DEFERRED, MALFORMED, SCRATCH_BYTES, request
 from qtfs_server.nodes cimport root_enter
@@ -179,7 +179,7 @@ cdef void _open_events(connection *c) noexcept:
 
 
 cdef void _answer_wait(session *s, uint64_t tag, int error) noexcept nogil:
-    """Reply to a SETLKW from the thread that tries locks."""
+    """Reply to a SETLKW, from whatever thread."""
     event_reply(s, OP_SETLKW, tag, error, NULL, 0)
 
 
@@ -517,9 +517,15 @@ cdef class Server:
         """Body of the thread that serves whatever waits for FIFOs, devices and pseudo files; returns after `stop`."""
         with nogil:
             watch_streams()
+
     def watch_mounts(self) -> None:
         """Body of the thread that follows the mount table and lets mounts go; returns after `stop`."""
         watch_mounts(self.stop_fd)
+
+    def queue_for_locks(self) -> None:
+        """Body of a thread that queues in the kernel for locks which processes of the server hold."""
+        with nogil:
+            queue_for_locks()
 
     def stop(self) -> None:
         """Let every thread finish what it is executing and return."""

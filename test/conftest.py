@@ -40,7 +40,8 @@ def engine(common_engine: EngineProcess) -> Iterator[EngineProcess]:
     before = common_engine.descriptors()
     yield common_engine
     wait_until(common_engine.is_idle, f"the engine to let everything go; it has {common_engine.figures()}")
-    wait_until(lambda: common_engine.descriptors() == before, "the engine to close the test's descriptors")
+    # Not "as many": it may have been reading the mount table when they were counted.
+    wait_until(lambda: common_engine.descriptors() <= before, "the engine to close the test's descriptors")
     common_engine.check_log()
 
 

@@ -575,7 +575,8 @@ class LlfuseDriver:
         ruled = concerned(self._options.rules, self._options.source)
         if ruled:
             path = os.fsdecode(b"/" + b"/".join(ruled[0].pattern))
-            raise MountError(f"{mountpoint}: a special rule is for {path}, and driver llfuse knows none: use driver=fuse3")
+            reason = f"a special rule is for {path}, and driver llfuse knows none: use driver=fuse3"
+            raise MountError(f"{mountpoint}: {reason}")
         hooks.allow_waking()
         with _captured_stderr() as complaint:
             try:

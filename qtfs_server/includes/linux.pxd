@@ -46,6 +46,7 @@ cdef extern from "<fcntl.h>" nogil:
         O_WRONLY
         F_OFD_GETLK
         F_OFD_SETLK
+        F_OFD_SETLKW
         F_RDLCK
         F_WRLCK
         F_UNLCK
@@ -154,6 +155,7 @@ cdef extern from "<unistd.h>" nogil:
     ssize_t readlinkat(int, const char *, char *, size_t)
     ssize_t copy_file_range(int, int64_t *, int, int64_t *, size_t, unsigned int)
     int syncfs(int)
+    int usleep(unsigned int)
     long syscall(long, ...)
 
 cdef extern from "<stdio.h>" nogil:
@@ -229,6 +231,8 @@ cdef extern from "<pthread.h>" nogil:
         pass
     ctypedef struct pthread_cond_t:
         pass
+    ctypedef unsigned long pthread_t
+    pthread_t pthread_self()
     int pthread_mutex_init(pthread_mutex_t *, void *)
     int pthread_mutex_destroy(pthread_mutex_t *)
     int pthread_mutex_lock(pthread_mutex_t *)
@@ -245,6 +249,9 @@ cdef extern from "<sys/eventfd.h>" nogil:
         EFD_NONBLOCK
     int eventfd(unsigned int, int)
     int eventfd_write(int, uint64_t)
+
+cdef extern from "<signal.h>" nogil:
+    int pthread_kill(pthread_t, int)
 
 cdef packed struct linux_dirent64:  # getdents64(2); the name follows, NUL-terminated
     uint64_t d_ino

@@ -4,7 +4,7 @@ FIFOs and devices branch off to streams.pyx.
 
 Sources: open(2), openat(2), pread(2), copy_file_range(2), fallocate(2), ioctl_iflags(2), <linux/fs.h>.
 """
-from libc.errno cimport EACCES, EBADF, EEXIST, EINVAL, EISDIR, ELOOP, ENOENT, ENOTTY, EROFS, ESPIPE, ESRCH, ESTALE, errno
+from libc.errno cimport EACCES, EAGAIN, EBADF, EEXIST, EINVAL, EISDIR, ELOOP, ENOENT, ENOTTY, EROFS, ESPIPE, ESRCH, ESTALE, errno
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
@@ -297,6 +297,8 @@ cdef int op_read(request *r) noexcept nogil:
         got = _read(h, r.reply, body.size, body.offset)
         error = -errno if got < 0 else 0
         r.reply_bytes = max(got, 0)
+        if error == -EAGAIN and h.flags & HANDLE_POLLABLE:
+            error = read_stream(r, h, body)     # trace_pipe and the like: what comes next, when it comes
     if error != DEFERRED:
         handle_unpin(r.s, h)
     return error

@@ -11,8 +11,9 @@ cdef void end_handle_locks(session *s, handle *h, uint64_t id, bint flocked) noe
 cdef void cancel_wait(session *s, uint64_t tag) noexcept nogil
 cdef void abandon_waits(session *s) noexcept nogil
 
-# How a granted, refused or cancelled wait is answered; worker.pyx sets it.
+# How a granted, refused or cancelled wait is answered; server.pyx sets it. Called from any thread, under no lock.
 ctypedef void (*answer_function)(session *s, uint64_t tag, int error) noexcept nogil
 cdef void set_answer(answer_function answer) noexcept nogil
 cdef void wait_for_locks() noexcept nogil
+cdef void queue_for_locks() noexcept nogil
 cdef void stop_waiting_for_locks() noexcept nogil

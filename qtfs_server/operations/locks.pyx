@@ -7,7 +7,9 @@ FUSE does not tell an F_OFD_SETLK from an F_SETLK: the open file is the owner, a
 
 What our owners hold is noted (locked_files). A wait that one of them is in the way of is tried when a lock of the file
 is given back, by whoever gives it back, in the order of coming. If it is a process of the server that is in the way,
-and for flock(2), a thread polls: Linux has no way to wait for a lock without a thread.
+and for flock(2), a thread polls: Linux has no way to wait for a lock without a thread. What was polled in vain for a
+while, so that local processes do not pass it by for ever, one of a few threads queues for in the kernel: on a
+descriptor of its own, which becomes the owner's, or is closed and the waits tried at once.
 
 Lock order: locked_files. A wait is answered under no lock.
 Sources: fcntl(2) "Open file description locks", flock(2), <linux/fuse.h> (struct fuse_lk_in).
@@ -15,27 +17,45 @@ Sources: fcntl(2) "Open file description locks", flock(2), <linux/fuse.h> (struc
 from libc.errno cimport EACCES, EAGAIN, EINTR, EINVAL, EMFILE, ENOLCK, errno
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
+from libc.string cimport memcmp
 from posix.time cimport CLOCK_REALTIME
 
 from qtfs_common.protocol cimport LOCK_FLOCK, lock_reply, lock_request
 from qtfs_common.transport cimport now_us
-from qtfs_server.includes.linux cimport AT_FDCWD, F_OFD_GETLK, F_OFD_SETLK, F_RDLCK, F_UNLCK, F_WRLCK, LOCK_EX, \
+from qtfs_server.includes.linux cimport AT_FDCWD, F_OFD_GETLK, F_OFD_SETLK, F_OFD_SETLKW, F_RDLCK, F_UNLCK, F_WRLCK, LOCK_EX, \
     LOCK_NB, LOCK_SH, LOCK_UN, O_CLOEXEC, O_NOCTTY, O_RDONLY, O_RDWR, close, fcntl, flock, flock_t, openat, \
-    pthread_cond_init, pthread_cond_signal, pthread_cond_t, pthread_cond_timedwait, pthread_mutex_init, \
-    pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, timespec
+    pthread_cond_broadcast, pthread_cond_init, pthread_cond_signal, pthread_cond_t, pthread_cond_timedwait, \
+    pthread_cond_wait, pthread_kill, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, \
+    pthread_self, pthread_t, timespec, usleep
 from qtfs_server.request cimport DEFERRED, MALFORMED, request
 from qtfs_server.descriptors cimport proc_path
 from qtfs_server.handles cimport handle_pin, handle_unpin
 from qtfs_server.lock_ranges cimport EXCLUSIVE, SHARED, UNLOCKED, ranges_reserve
-from qtfs_server.locked_files cimport file_awaited, file_due, file_enter, file_leave, file_of_session, file_of_wait, \
+from qtfs_server.locked_files cimport file_awaited, file_due, file_enter, file_hold, file_leave, file_of_session, file_of_wait, \
     file_poll, is_held, is_waiting, lock_owner, lock_wait, locked_file, nothing_locked, owner_drop, owner_find, \
-    owner_new, owner_note, session_hold, wait_add, wait_take
-from qtfs_server.session cimport HANDLE_ENDED, handle, node, session, session_unref
+    owner_new, owner_note, wait_add, wait_take
+from qtfs_server.session cimport HANDLE_ENDED, handle, node, session, session_hold, session_unref
 
 cdef extern from "<time.h>" nogil:
     int real_clock "clock_gettime"(int, timespec *)
 
+cdef extern from *:
+    """
+    #include <signal.h>
+    #define QTFS_LOCK_SIGNAL (SIGRTMIN + 1)
+    static void qtfs_nothing(int number) { (void)number; }
+    /* No SA_RESTART: the signal is to end fcntl(2) and flock(2) with EINTR. */
+    static void qtfs_catch_signal(int number) {
+        struct sigaction action = { .sa_handler = qtfs_nothing };
+        sigaction(number, &action, NULL);
+    }
+    """
+    int SIGNAL "QTFS_LOCK_SIGNAL"
+    void catch_signal "qtfs_catch_signal"(int) nogil
+
 cdef enum:
+    QUEUERS = 8                     # files that threads queue for at the same time; the others are polled only
+    QUEUE_AFTER_US = 3000           # of polling in vain
     IDLE_US = 1000000               # the polling thread's sleep while there is nothing to poll
     END_OF_FILE = 0x7fffffffffffffff    # OFFSET_MAX
 
@@ -68,16 +88,22 @@ cdef flock_t _range(const lock_request *what) noexcept nogil:
     return range
 
 
-cdef int _new_owner(locked_file *f, session *s, handle *h, const lock_request *what, lock_owner **out) noexcept nogil:
-    """An open file description for an owner that holds nothing yet. 0 or -errno."""
+cdef int _reopen(handle *h) noexcept nogil:
+    """Another open file description of a handle's file: a descriptor or -errno."""
     cdef char link[32]
     cdef int fd
     proc_path(link, h.fd)
     fd = openat(AT_FDCWD, link, O_RDWR | O_CLOEXEC | O_NOCTTY)
     if fd < 0:
         fd = openat(AT_FDCWD, link, O_RDONLY | O_CLOEXEC | O_NOCTTY)
+    return fd if fd >= 0 else -errno
+
+
+cdef int _new_owner(locked_file *f, session *s, handle *h, const lock_request *what, lock_owner **out) noexcept nogil:
+    """An open file description for an owner that holds nothing yet. 0 or -errno."""
+    cdef int fd = _reopen(h)
     if fd < 0:
-        return -ENOLCK if errno == EMFILE else -errno
+        return -ENOLCK if fd == -EMFILE else fd
     out[0] = owner_new(f, s, what.owner, what.handle, fd)
     if out[0] == NULL:
         close(fd)
@@ -437,6 +463,142 @@ cdef void abandon_waits(session *s) noexcept nogil:
         f = file_of_session(s, &owner)
 
 
+# ---- threads that queue in the kernel ------------------------------------------------------------------------------
+
+cdef struct queuer:                 # one of those threads, under _bell_guard
+    pthread_t thread
+    locked_file *file               # where it queues, a reference to it; NULL: nowhere
+    const session *s                # for which wait: to be compared only
+    uint64_t tag
+    lock_request what
+    int fd
+    bint asleep                     # or about to be, or just awake: a signal does no harm
+
+cdef queuer _queuers[QUEUERS]
+cdef int _queuer_count = 0
+cdef pthread_cond_t _work
+pthread_cond_init(&_work, NULL)
+
+
+cdef bint _is_queued_for(locked_file *f) noexcept nogil:
+    cdef int i
+    for i in range(_queuer_count):
+        if _queuers[i].file == f:
+            return True
+    return False
+
+
+cdef void _give_to_queuer(locked_file *f, const lock_wait *w, int fd) noexcept nogil:
+    """Have a thread that is free queue for a wait; the descriptor is taken over."""
+    cdef queuer *q = NULL
+    cdef int i
+    pthread_mutex_lock(&_bell_guard)
+    for i in range(_queuer_count):
+        if _queuers[i].file == NULL and not _stopping:
+            q = &_queuers[i]
+    if q != NULL and not _is_queued_for(f):
+        file_hold(f)
+        q.file = f
+        q.s = w.s
+        q.tag = w.tag
+        q.what = w.what
+        q.fd = fd
+        q.asleep = True
+        fd = -1
+        pthread_cond_broadcast(&_work)
+    pthread_mutex_unlock(&_bell_guard)
+    if fd >= 0:
+        close(fd)
+
+
+cdef void _queue_for_first(locked_file *f) noexcept nogil:
+    """Queue for the first wait that a process of the server is in the way of; the file's turn is ours."""
+    cdef lock_wait *w = f.waits
+    cdef int fd
+    while w != NULL and not w.what.flags & LOCK_FLOCK and is_held(f, w.s, &w.what):
+        w = w.next
+    if w == NULL or _is_queued_for(f):
+        return
+    fd = _reopen(w.h)
+    if fd >= 0:
+        _give_to_queuer(f, w, fd)
+
+
+cdef int _wait_in_kernel(const queuer *q) noexcept nogil:
+    """Lock the queuer's own descriptor, however long that takes; negative once a signal has ended it."""
+    cdef flock_t range
+    if q.what.flags & LOCK_FLOCK:
+        return flock(q.fd, LOCK_SH if q.what.type == SHARED else LOCK_EX)
+    range = _range(&q.what)
+    return fcntl(q.fd, F_OFD_SETLKW, &range)
+
+
+cdef bint _adopt(locked_file *f, const queuer *q) noexcept nogil:
+    """Give the locked descriptor to the owner who waits, if it can have one; then nobody comes in between."""
+    cdef lock_wait *w = f.waits
+    cdef lock_owner *o
+    while w != NULL and (w.tag != q.tag or w.s != q.s or memcmp(&w.what, &q.what, sizeof(lock_request)) != 0):
+        w = w.next
+    if w == NULL or w.what.flags & LOCK_FLOCK or owner_find(f, w.s, w.what.owner) != NULL or \
+            is_held(f, w.s, &w.what):
+        return False
+    o = owner_new(f, w.s, w.what.owner, w.what.handle, q.fd)
+    if o == NULL:
+        return False
+    if ranges_reserve(&o.ranges) < 0:
+        owner_drop(o)                   # with its descriptor
+    else:
+        owner_note(o, &q.what)
+    return True
+
+
+cdef void _queue_once(queuer *q) noexcept nogil:
+    cdef locked_file *f = q.file
+    cdef lock_wait *ended = NULL
+    cdef int status = _wait_in_kernel(q)
+    pthread_mutex_lock(&_bell_guard)
+    q.asleep = False
+    pthread_mutex_unlock(&_bell_guard)
+    pthread_mutex_lock(&f.turn)
+    if status < 0 or not _adopt(f, q):
+        close(q.fd)
+    _serve_waits(f, &ended)
+    _leave(f, ended)
+
+
+cdef void queue_for_locks() noexcept nogil:
+    """A thread that queues in the kernel, until stop_waiting_for_locks. At most QUEUERS of them do anything."""
+    global _queuer_count
+    cdef queuer *q
+    pthread_mutex_lock(&_bell_guard)
+    if _queuer_count < QUEUERS:
+        q = &_queuers[_queuer_count]
+        q.thread = pthread_self()
+        _queuer_count += 1
+        while not _stopping:
+            if q.file == NULL:
+                pthread_cond_wait(&_work, &_bell_guard)
+                continue
+            pthread_mutex_unlock(&_bell_guard)
+            _queue_once(q)
+            pthread_mutex_lock(&_bell_guard)
+            q.file = NULL
+    pthread_mutex_unlock(&_bell_guard)
+
+
+cdef bint _interrupt_queuers(bint all_of_them) noexcept nogil:
+    """Wake those whose wait is gone. A signal that comes too early is lost: again, until none is left, which is False."""
+    cdef bint found = False
+    cdef int i
+    pthread_mutex_lock(&_bell_guard)
+    for i in range(_queuer_count):
+        if _queuers[i].asleep and (all_of_them or not is_waiting(_queuers[i].s, _queuers[i].tag)):
+            pthread_kill(_queuers[i].thread, SIGNAL)
+            found = True
+    pthread_mutex_unlock(&_bell_guard)
+    return found
+
+
 # ---- the thread that polls ---------------------------------------------------------------------------------------
 
 cdef void _sleep_until(int64_t at_us) noexcept nogil:
@@ -455,23 +617,36 @@ cdef void _sleep_until(int64_t at_us) noexcept nogil:
     pthread_mutex_unlock(&_bell_guard)
 
 
+cdef void _poll_file(locked_file *f) noexcept nogil:
+    """Try the waits of a file whose turn is ours; in vain for a while, have a thread queue as local processes do."""
+    cdef lock_wait *ended = NULL
+    _serve_waits(f, &ended)
+    if f.polled and now_us() - f.polled_since_us > QUEUE_AFTER_US:
+        _queue_for_first(f)
+    _leave(f, ended)
+
+
 cdef void wait_for_locks() noexcept nogil:
     """The thread that polls, until stop_waiting_for_locks."""
     cdef locked_file *f
-    cdef lock_wait *ended
     cdef int64_t next_us = 0
+    catch_signal(SIGNAL)
     while not _stopping:
         f = file_due(now_us(), &next_us)
         if f != NULL:
-            ended = NULL
-            _serve_waits(f, &ended)
-            _leave(f, ended)
+            _poll_file(f)
         else:
+            _interrupt_queuers(False)
             _sleep_until(next_us if next_us > 0 else now_us() + IDLE_US)
+    while _interrupt_queuers(True):
+        usleep(1000)
 
 
 cdef void stop_waiting_for_locks() noexcept nogil:
-    """End the thread."""
+    """End the threads."""
     global _stopping
+    pthread_mutex_lock(&_bell_guard)
     _stopping = True
-    _ring()
+    pthread_cond_broadcast(&_work)
+    pthread_cond_signal(&_bell)
+    pthread_mutex_unlock(&_bell_guard)

@@ -14,6 +14,7 @@ from qtfs_client import options
 from qtfs_common.config import CLIENT_SCHEMA, ENGINE_SCHEMA
 from qtfs_common.whitelist import Type
 from qtfs_server import cli
+from qtfs_server.protected import PROTECTED
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted([*ROOT.glob("README*.md"), *(ROOT / "doc").rglob("*.md")])
@@ -185,9 +186,21 @@ def test_deployment_lists_all_options_of_the_engine() -> None:
 
 def test_deployment_lists_our_mount_options() -> None:
     listed = set(re.findall(r"`(\w+)=?", first_cells(ROOT / "doc/deployment.md", "## 3. The client")))
-    words = {"foreground", "propagate", "nopropagate", "ro", "rw", "allow_other", "noallow_other", "allow_root"}
+    words = {"foreground", "proc", "propagate", "nopropagate", "ro", "rw", "allow_other", "noallow_other", "allow_root"}
     alternatives = {"llfuse", "auto", "always"}
     assert listed - alternatives == {*CLIENT_SCHEMA, "config", *words}
+
+
+def test_protected_files_are_listed() -> None:
+    text = section("qtfs.special.toml.5", "PROTECTED").replace("\\-", "-")
+    table = first_cells(ROOT / "doc/security.md", "### 5.1 Protected files")
+    body = (ROOT / "doc/security.md").read_text().partition("### 5.1")[2].partition("### 5.2")[0]
+    assert {"proc", "sysfs", "cgroup v1"} <= set(table.splitlines())
+    for levels in PROTECTED.values():
+        for path in (path.decode() for paths in levels.values() for path in paths):
+            name = re.sub(r"^protected_.*", "protected_*", path.rpartition("/")[2])
+            assert name in body, f"doc/security.md does not list {path}"
+            assert path.startswith("/sys/") or name in text, f"the manual does not list {path}"
 
 
 def test_sample_configuration_names_only_known_keys() -> None:

@@ -130,6 +130,7 @@ def test_the_originals_rules() -> None:
 def test_the_sample_has_no_rules_and_all_its_examples_are_good() -> None:
     text = (ROOT / "config/qtfs/special.toml").read_text()
     assert parse(text) == ()
-    examples = "".join(f"{line.removeprefix('# ')}\n" for line in text.splitlines() if line.startswith(("# [[", "# path", "# act", "# tar", "# com", "# file")))
+    keys = ("# [[", "# path", "# action", "# target", "# commands", "# command =", "# file")
+    examples = "".join(f"{line.removeprefix('# ')}\n" for line in text.splitlines() if line.startswith(keys))
     assert {rule.action for rule in parse(examples)} == set(Action)
     assert os.fsencode(examples).isascii()

@@ -23,7 +23,7 @@ from harness.server_machine import ServerMachine
 from harness.waiting import wait_until
 
 #: The promise is 100 ms; on a machine that does other things as well, that is no bound for a test.
-SOON_S = 5.0
+SOON_S = 20.0
 STORM = 200
 #: What a FUSE mount says that was taken away while somebody used it, or whose daemon died.
 GONE = (errno.ENOTCONN, errno.ECONNABORTED, errno.ENODEV)
@@ -285,7 +285,7 @@ def test_a_busy_mount_goes_with_the_servers(server: ServerMachine, mount: MountI
         os.stat("f", dir_fd=busy)
         server.umount("a")
         until_mounted(here.point)
-        assert error_of(os.listdir, f"/proc/self/fd/{busy}") in GONE
+        assert error_of(os.listdir, f"/proc/self/fd/{busy}") in (*GONE, errno.ESTALE)
         os.close(busy)
         server.mount_tmpfs("b", "f")
         until_mounted(here.point, "b")
@@ -382,7 +382,8 @@ def has_ended(process: MountProcess) -> None:
 def test_umount_is_busy_and_recursive_umount_ends_all(started: MountProcess) -> None:
     done = subprocess.run(["umount", started.point], capture_output=True, text=True, check=False)
     assert done.returncode != 0 and "busy" in done.stderr
-    subprocess.run(["umount", "-R", started.point], check=True)
+    # The daemon may just be looking at the mount that it made last.
+    wait_until(lambda: subprocess.run(["umount", "-R", started.point], check=False).returncode == 0, "the end", SOON_S)
     has_ended(started)
 
 
@@ -461,7 +462,8 @@ def _move_link(machine: ServerMachine, link: str) -> None:
     def moved() -> bool:
         with contextlib.suppress(OSError, AssertionError):
             if os.readlink(f"/proc/{machine.pid}/ns/net") != here:
-                return subprocess.run(["ip", "link", "set", link, "netns", str(machine.pid)], check=False).returncode == 0
+                words = ["ip", "link", "set", link, "netns", str(machine.pid)]
+                return subprocess.run(words, check=False).returncode == 0
         return False
 
     wait_until(moved, "the engine's network namespace")

@@ -1,4 +1,4 @@
-"""/proc, /sys and cgroups through a mount: walks of a changing tree, contents, and writes that the kernel takes or refuses.
+"""/proc, /sys and cgroups through a mount: walks of a changing tree, contents, writes that the kernel takes or refuses.
 
 What a program gets through the mount is compared with what it gets from the file system itself.
 """
@@ -127,6 +127,24 @@ def test_a_walk_of_all_of_proc_while_processes_come_and_go(proc: Path) -> None:
     assert len(looked.stdout.splitlines()) > 1000
 
 
+def lost_and_invented(look: Callable[[str], set[bytes]], here: str, there: Path) -> tuple[set[bytes], set[bytes]]:
+    """What a look through the mount lacks of what two looks around it found, and what it has that neither found.
+
+    Something may come and go, or go and come, in between: the best of some attempts counts.
+    """
+    best: tuple[set[bytes], set[bytes]] | None = None
+    for _ in range(5):
+        before, found, after = look(here), look(str(there)), look(here)
+        assert before & after, "there is something to compare"
+        differences = (before & after) - found, found - (before | after)
+        if best is None or len(differences[0]) + len(differences[1]) < len(best[0]) + len(best[1]):
+            best = differences
+        if best == (set(), set()):
+            break
+    assert best is not None
+    return best
+
+
 @pytest.mark.slow
 def test_a_walk_of_all_of_sys_finds_what_is_there(sys_: Path) -> None:
     """cgroups and slabs change while we look; so do devices, but not often."""
@@ -138,11 +156,8 @@ def test_a_walk_of_all_of_sys_finds_what_is_there(sys_: Path) -> None:
         assert not complaints(done)
         return set(done.stdout.splitlines())
 
-    before = names("/sys")
-    found = names(str(sys_))
-    after = names("/sys")
-    assert before & after <= found <= before | after
-    assert len(found) > 1000
+    assert lost_and_invented(names, "/sys", sys_) == (set(), set())
+    assert len(names(str(sys_))) > 1000
 
 
 def test_names_at_the_top_are_the_servers(proc: Path) -> None:
@@ -164,33 +179,31 @@ def test_a_processs_own_directory(proc: Path) -> None:
             assert os.readlink(there / name) == os.readlink(here / name), name
 
 
+def grep(top: str) -> Callable[[str], set[bytes]]:
+    """All lines of all files below a directory of some /proc or /sys, with the files' names in it."""
+
+    def look(base: str) -> set[bytes]:
+        done = run("grep", "-rsa", "", f"{base}/{top}")
+        return {line.removeprefix(base.encode()) for line in done.stdout.splitlines()}
+
+    return look
+
+
 @pytest.mark.parametrize("top", ["sys/kernel", "sys/net/core", "sys/vm", "bus", "tty"])
 def test_grep_over_a_part_of_proc(proc: Path, top: str) -> None:
     """All that reads the same twice reads so through the mount."""
-    before, there, after = (
-        _grep(base, top) for base in ("/proc", str(proc), "/proc")
-    )
-    stable = {line for line in before if line in after}
-    assert stable <= there
-    assert len({line.split(b":")[0] for line in there - stable}) <= len({line.split(b":")[0] for line in before ^ after})
-    assert stable or not before
-
-
-def _grep(base: str, top: str) -> set[bytes]:
-    done = run("grep", "-rsa", "", f"{base}/{top}")
-    return {line.removeprefix(base.encode()) for line in done.stdout.splitlines()}
+    assert lost_and_invented(grep(top), "/proc", proc)[0] == set()
 
 
 @pytest.mark.parametrize("top", ["class/net/lo/", "devices/system/cpu", "module", "kernel/mm", "bus"])
 def test_grep_over_a_part_of_sys(sys_: Path, top: str) -> None:
-    before, there, after = (_grep(base, top) for base in ("/sys", str(sys_), "/sys"))
-    assert {line for line in before if line in after} <= there
-    assert before
+    assert lost_and_invented(grep(top), "/sys", sys_)[0] == set()
 
 
-@pytest.mark.parametrize(
-    "name", ["version", "cmdline", "filesystems", "devices", "modules", "config.gz", "1/mounts", "1/mountinfo", "cgroups"]
-)
+STABLE = ("version", "cmdline", "filesystems", "devices", "modules", "config.gz", "1/mounts", "1/mountinfo", "cgroups")
+
+
+@pytest.mark.parametrize("name", STABLE)
 def test_stable_files(proc: Path, name: str) -> None:
     """Whole, whatever size stat(2) says they have."""
     if not os.path.exists(f"/proc/{name}"):
@@ -241,6 +254,16 @@ def test_a_process_that_ends_in_the_middle(proc: Path) -> None:
             os.close(fd)
 
 
+def test_a_name_that_comes_is_there_at_once(engine: EngineProcess, tmp_path: Path) -> None:
+    """Though it was not there before; even where nothing is asked twice that could be remembered."""
+    top = hierarchy("cgroup2", "cgroup.procs")
+    with _mounted(engine, tmp_path / "mnt", "always", str(top)).running() as mount:
+        assert outcome(os.stat, mount.point / f"qtfs-test-{os.getpid()}") == "ENOENT"
+        with cgroup(top) as name:
+            assert os.path.isdir(mount.point / name)
+        assert outcome(os.stat, mount.point / name) == "ENOENT"
+
+
 def test_a_number_that_is_used_again(proc: Path) -> None:
     """The names of the process that has it now, not of the one before."""
     for _ in range(20):
@@ -287,7 +310,7 @@ def hierarchy(kind: str, file: str) -> Path:
 
 
 V1 = ("cgroup", "pids.max", [b"7", b"max\n", b"x", b"-1", b"99999999999999999999", b"", b"7" * 5000, b"8\n9\n"])
-V2 = ("cgroup2", "cgroup.max.descendants", [b"7", b"max\n", b"x", b"-1", b"99999999999999999999", b"7" * 5000, b"8\n9\n"])
+V2 = ("cgroup2", "cgroup.max.descendants", V1[2])
 
 
 @pytest.mark.parametrize(("kind", "file", "texts"), [V1, V2], ids=["v1", "v2"])
@@ -321,7 +344,10 @@ def test_limits_of_a_cgroup_and_processes_into_it(
         assert not (here / "made").exists()
 
 
-@pytest.mark.parametrize(("kind", "names"), [("cgroup2", ["cgroup.procs", "cgroup.threads"]), ("cgroup", ["cgroup.procs", "tasks"])])
+MEMBERS = [("cgroup2", ["cgroup.procs", "cgroup.threads"]), ("cgroup", ["cgroup.procs", "tasks"])]
+
+
+@pytest.mark.parametrize(("kind", "names"), MEMBERS, ids=["v2", "v1"])
 def test_zero_does_not_move_the_engine(engine: EngineProcess, tmp_path: Path, kind: str, names: list[str]) -> None:
     """"0" means who writes, and to the kernel that is the engine."""
     top = hierarchy(kind, "pids.max")
@@ -343,7 +369,8 @@ def test_writes_to_proc_arrive_whole_or_fail_as_they_do_there(proc: Path) -> Non
     file = Path("/proc") / SYSCTL
     before = file.read_bytes()
     try:
-        compare(file, proc / SYSCTL, [b"32768 60999", b"x", b"70000 80000", b"1024\t65000\n", b" " * 5000 + b"1 2", b""])
+        texts = [b"32768 60999", b"x", b"70000 80000", b"1024\t65000\n", b" " * 5000 + b"1 2", b""]
+        compare(file, proc / SYSCTL, texts)
     finally:
         file.write_bytes(before)
 

@@ -257,6 +257,34 @@ def test_sighup_with_a_bad_whitelist_changes_nothing(
     assert running.end() == 0
 
 
+def test_special_rules_are_read_at_start_and_on_sighup(
+    start: Start, common: tuple[Word, ...], tmp_path: Path, share: Path, point: Path
+) -> None:
+    special = tmp_path / "special.toml"
+    special.write_text(f'[[rule]]\npath = "{share}/file"\naction = "hide"\n')
+    (share / "file").write_text("text")
+    running = start("--listen", f"unix://{tmp_path}/s", "--special", special, "--log-level", "INFO", *common)
+    with mounted(share, point, f"server={running.addresses()[0]},cache=none"):
+        assert not (point / "file").exists()
+        special.write_text("[[rule]]\n\n[[rule]]\n")
+        running.process.send_signal(signal.SIGHUP)
+        wait_for_text(lambda: running.stderr, f"stays as it was: {special}:1: rule 1: path is missing")
+        assert not (point / "file").exists()
+        special.write_text("")
+        running.process.send_signal(signal.SIGHUP)
+        wait_for_text(lambda: running.stderr, "read again")
+        assert (point / "file").read_text() == "text"
+    assert running.end() == 0
+
+
+def test_special_rules_that_cannot_be_used(common: tuple[Word, ...], tmp_path: Path) -> None:
+    special = tmp_path / "special.toml"
+    words = ("--listen", f"unix://{tmp_path}/s", *common, "--special", special)
+    engine(*words).refused(1, f"{special}: cannot read the rules: No such file")
+    special.write_text('[[rule]]\npath = "/a"\naction = "shred"\n')
+    engine(*words).refused(1, f"{special}:1: rule 1: unknown action 'shred'")
+
+
 def test_a_socket_left_by_a_killed_engine(start: Start, common: tuple[Word, ...], tmp_path: Path) -> None:
     words = ("--listen", f"unix://{tmp_path}/s", *common)
     first = start(*words)

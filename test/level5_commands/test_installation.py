@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 # What is compiled here is only to run for a moment.
 QUICK = {"CFLAGS": "-O0 -g0 -w"}
-CONFIG = ("client.toml", "whitelist")
+CONFIG = ("client.toml", "special.toml", "whitelist")
 PROGRAM_FILES = ("usr/local/bin/qtfs-engine", "sbin/mount.qtfs", "sbin/mount.fuse.qtfs")
 
 CLEANED = """

@@ -222,6 +222,15 @@ def test_a_mistake_in_the_configuration(point: Path, tmp_path: Path, text: str, 
     mount("/srv", point, f"config={path}").refused(USAGE, f"{path}{line}: ")
 
 
+def test_a_mistake_in_the_special_rules(point: Path, tmp_path: Path, server: str, served: EngineProcess) -> None:
+    path = tmp_path / "special.toml"
+    path.write_text('\n[[rule]]\npath = "srv"\naction = "hide"\n')
+    options = f"{server},special_rules={path}"
+    mount(served.share, point, options).refused(USAGE, f"{path}:2: rule 1: path 'srv' is not absolute")
+    path.unlink()
+    mount(served.share, point, options).refused(USAGE, f"{path}: cannot read the rules: No such file")
+
+
 @pytest.mark.parametrize("words", [(), ("/srv",), ("/srv", "/mnt", "/more"), ("/srv", "/mnt", "-q")])
 def test_wrong_number_of_arguments(point: Path, words: tuple[str, ...]) -> None:
     run(MOUNT, *words).refused(USAGE, "usage: mount.qtfs SOURCE DIR")

@@ -272,6 +272,45 @@ def waiting_for_a_lock(at: Places) -> None:
     os.close(write_end)
 
 
+# --------------------------------------------------------------------------------------------------------------- FIFOs
+
+
+def _write_and_leave(path: Path, data: bytes) -> int:
+    child = os.fork()
+    if child == 0:
+        with opened(path, os.O_WRONLY) as fd:
+            os.write(fd, data)
+        os._exit(0)
+    return child
+
+
+@check
+def fifos_join_all_sides(at: Places) -> None:
+    os.mkfifo(at.mount / "fifo")
+    with raises(errno.ENXIO):
+        os.open(at.uncached / "fifo", os.O_WRONLY | os.O_NONBLOCK)
+    for reader in (at.server, at.mount, at.uncached):
+        for writer in (at.server, at.mount, at.uncached):
+            child = _write_and_leave(writer / "fifo", b"x" * 100_000)
+            assert (reader / "fifo").read_bytes() == b"x" * 100_000
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@check
+def fifos_can_be_polled(at: Places) -> None:
+    os.mkfifo(at.server / "fifo")
+    with opened(at.mount / "fifo", os.O_RDONLY | os.O_NONBLOCK) as reader, select.epoll() as poll:
+        writer = os.open(at.uncached / "fifo", os.O_WRONLY)
+        poll.register(reader, select.EPOLLIN | select.EPOLLET)
+        assert poll.poll(0) == []
+        for _ in range(3):
+            os.write(writer, b"something")
+            assert poll.poll(10) == [(reader, select.EPOLLIN)] and poll.poll(0.2) == []
+        os.close(writer)
+        assert poll.poll(10) == [(reader, select.EPOLLIN | select.EPOLLHUP)]
+        assert os.read(reader, 100) == b"something" * 3 and os.read(reader, 100) == b""
+
+
 # ---------------------------------------------------------------------------------------------------------------- main
 
 

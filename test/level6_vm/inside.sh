@@ -55,7 +55,7 @@ modprobe vsock_loopback
 mkdir -p /etc/qtfs "$share" "$client" "$second"
 ln -s "$checkout/qtfs_client/mount.qtfs" /sbin/mount.qtfs
 for group in Mount Open Read Write Readdir Mkdir Rmdir Create Unlink Rename Setattr Setxattr; do
-    printf '[%s]\nPath=%s;\n' "$group" "$share"
+    printf '[%s]\nPath=%s;/proc;/sys;/tmp/cgroup1\n' "$group" "$share"
 done >/etc/qtfs/whitelist
 
 say "the original's command line"
@@ -71,6 +71,53 @@ grep -E " ($client|$second) " /proc/self/mountinfo
 
 say "checks"
 "$checkout/.venv/bin/python" -I test/level6_vm/checks.py "$share" "$client" "$second"
+
+# Of the upper levels only: this machine is emulated. Level 3 walks all of both.
+say "a walk of /proc and /sys, on a busy machine"
+mkdir -p /mnt/proc /mnt/sys /mnt/cgroup1 /tmp/cgroup1
+mount -t cgroup2 none /sys/fs/cgroup
+mount -t cgroup -o freezer none /tmp/cgroup1
+mount -t qtfs /proc /mnt/proc
+mount -t qtfs /sys /mnt/sys
+mount -t qtfs /tmp/cgroup1 /mnt/cgroup1
+(while :; do sleep 0.02; done) &
+busy=$!
+find /mnt/proc -maxdepth 2 >/dev/null 2>/tmp/walk.err || :
+! grep -vE 'No such (file or directory|process)$' /tmp/walk.err || die "/proc"
+for file in version filesystems devices sys/kernel/ostype sys/kernel/random/boot_id; do
+    cmp "/proc/$file" "/mnt/proc/$file"
+done
+kill "$busy"
+wait "$busy" 2>/dev/null || :
+find /sys -mindepth 1 -maxdepth 2 -printf '%P %y %l\n' | sort >/tmp/sys.there
+find /mnt/sys -mindepth 1 -maxdepth 2 -printf '%P %y %l\n' | sort >/tmp/sys.here
+diff /tmp/sys.there /tmp/sys.here || die "/sys"
+
+say "control groups, versions 2 and 1"
+sleep 300 &
+sleeper=$!
+echo +pids >/mnt/sys/fs/cgroup/cgroup.subtree_control
+mkdir /mnt/sys/fs/cgroup/job /mnt/cgroup1/job
+echo 10 >/mnt/sys/fs/cgroup/job/pids.max
+[ "$(cat /sys/fs/cgroup/job/pids.max)" = 10 ] || die "no limit"
+! echo nonsense >/mnt/sys/fs/cgroup/job/pids.max 2>/dev/null || die "nonsense was taken"
+echo "$sleeper" >/mnt/sys/fs/cgroup/job/cgroup.procs
+[ "$(cat /sys/fs/cgroup/job/cgroup.procs)" = "$sleeper" ] || die "not moved (2)"
+echo "$sleeper" >/mnt/cgroup1/job/cgroup.procs
+[ "$(cat /tmp/cgroup1/job/tasks)" = "$sleeper" ] || die "not moved (1)"
+echo FROZEN >/mnt/cgroup1/job/freezer.state
+[ "$(cat /tmp/cgroup1/job/freezer.state)" = FROZEN ] || die "not frozen"
+echo THAWED >/mnt/cgroup1/job/freezer.state
+kill "$sleeper"
+wait "$sleeper" 2>/dev/null || :
+for _ in $(seq 100); do
+    rmdir /mnt/sys/fs/cgroup/job /mnt/cgroup1/job 2>/dev/null || :
+    [ -e /sys/fs/cgroup/job ] || [ -e /tmp/cgroup1/job ] || break
+    sleep 0.1
+done
+umount /mnt/proc /mnt/sys /mnt/cgroup1
+for place in /mnt/proc /mnt/sys /mnt/cgroup1; do wait_gone "$place"; done
+[ ! -e /sys/fs/cgroup/job ] && [ ! -e /tmp/cgroup1/job ] || die "the groups were not removed"
 
 say "git"
 export GIT_CONFIG_GLOBAL=/tmp/gitconfig GIT_CONFIG_NOSYSTEM=1

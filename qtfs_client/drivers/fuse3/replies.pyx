@@ -15,8 +15,8 @@ from qtfs_client.drivers.fuse3.state cimport CACHE_ALWAYS, CACHE_AUTO, CACHE_NON
 from qtfs_client.includes.fuse_abi cimport *
 from qtfs_client.includes.linux cimport pthread_mutex_lock, pthread_mutex_unlock
 from qtfs_common.protocol cimport NODE_ALIAS, NODE_STREAM_READER, NODE_UNCACHED, OPENED_CHANGED, OPENED_STREAM, \
-    OPENED_UNCACHED, create_reply, direntry_bytes, \
-    direntry_plus, entry, forget_item, ioctl_reply, open_reply, poll_reply
+    OPENED_UNCACHED, ROOT_NODE, create_reply, direntry_bytes, direntry_plus, entry, forget_item, ioctl_reply, open_reply, \
+    poll_reply
 from qtfs_common.transport cimport message
 
 cdef extern from "<sys/stat.h>" nogil:
@@ -88,6 +88,8 @@ cdef int _answer_attributes(worker *w, message *m) noexcept nogil:
     """GETATTR, SETATTR, STATX."""
     if m.body_bytes != w.row.reply_bytes:
         return reply_error(w, EIO)
+    if w.request.nodeid == ROOT_NODE and (<uint64_t *>m.body)[0] & NODE_UNCACHED:
+        w.mount.absent_valid_s = 0      # replies that say that a name is absent do not say where
     _set_attr_validity(w.mount, m.body)
     return reply(w, m.body, m.body_bytes)
 

@@ -22,6 +22,7 @@ from libc.string cimport memcpy, memmove, memset, strlen, strncmp
 from qtfs_client.drivers.fuse3.callers cimport caller_process, caught_signal_pending, fatal_signal_pending, \
     process_is_called
 from qtfs_client.drivers.fuse3.device cimport reply, reply_error, write_reply
+from qtfs_client.drivers.fuse3.known_nodes cimport find_known, forget_known, note_known, standing
 from qtfs_client.drivers.fuse3.replies cimport queue_forget
 from qtfs_client.drivers.fuse3.state cimport mount_state, worker
 from qtfs_client.includes.fuse_abi cimport *
@@ -73,7 +74,7 @@ cdef enum:
     SET_FSXATTR = 0x401c5820
 
 cdef uint64_t MADE = <uint64_t>1 << 62
-cdef uint64_t TOP_BIT = <uint64_t>1 << 63      # of another purpose: the node without it is what rules know
+cdef uint64_t TOP_BIT = <uint64_t>1 << 63
 
 log = logging.getLogger(__name__)
 
@@ -84,104 +85,7 @@ cdef struct poll_out:               # fuse_poll_out
 cdef struct lseek_out:              # fuse_lseek_out
     uint64_t offset
 
-cdef struct standing:               # what is known of a node
-    uint32_t vertex
-    bint read_only
-
-
-# ---- known nodes ---------------------------------------------------------------------------------------------------
-
-cdef inline known_node **_bucket(special_state *s, uint64_t id) noexcept nogil:
-    return &s.buckets[((id * <uint64_t>0x9E3779B97F4A7C15) >> 40) & s.bucket_mask]
-
-
-cdef bint _find(special_state *s, uint64_t id, standing *out) noexcept nogil:
-    """What is known of a node; False if no rule is about it or what lies below it."""
-    cdef known_node *n
-    cdef bint found = False
-    id &= ~TOP_BIT
-    if id == ROOT_NODE:
-        out.vertex = 0
-        out.read_only = s.read_only_root
-        return True
-    pthread_mutex_lock(&s.guard)
-    n = _bucket(s, id)[0]
-    while n != NULL and n.id != id:
-        n = n.next
-    if n != NULL:
-        out.vertex = n.vertex
-        out.read_only = n.read_only
-        found = True
-    pthread_mutex_unlock(&s.guard)
-    return found
-
-
-cdef void _grow_locked(special_state *s) noexcept nogil:
-    """Twice the buckets; without memory the chains just grow longer."""
-    cdef uint32_t old = s.bucket_mask + 1, i
-    cdef known_node **smaller = s.buckets
-    cdef known_node **larger = <known_node **>calloc(2 * <size_t>old, sizeof(known_node *))
-    cdef known_node *n
-    cdef known_node *following
-    if larger == NULL:
-        return
-    s.buckets = larger
-    s.bucket_mask = 2 * old - 1
-    for i in range(old):
-        n = smaller[i]
-        while n != NULL:
-            following = n.next
-            n.next = _bucket(s, n.id)[0]
-            _bucket(s, n.id)[0] = n
-            n = following
-    free(smaller)
-
-
-cdef void _note_locked(special_state *s, uint64_t id, uint32_t vertex, bint read_only) noexcept nogil:
-    cdef known_node **at = _bucket(s, id)
-    cdef known_node *n = at[0]
-    while n != NULL and n.id != id:
-        n = n.next
-    if n == NULL:
-        n = <known_node *>calloc(1, sizeof(known_node))
-        if n == NULL:
-            return
-        n.id = id
-        n.next = at[0]
-        at[0] = n
-        s.known_count += 1
-    n.lookups += 1
-    n.vertex = vertex
-    n.read_only = read_only
-
-
-cdef void _note(special_state *s, uint64_t id, uint32_t vertex, bint read_only) noexcept nogil:
-    """The kernel gets a lookup of a node that rules are about."""
-    pthread_mutex_lock(&s.guard)
-    if s.known_count > s.bucket_mask:
-        _grow_locked(s)
-    _note_locked(s, id & ~TOP_BIT, vertex, read_only)
-    pthread_mutex_unlock(&s.guard)
-
-
-cdef void _forget(special_state *s, uint64_t id, uint64_t lookups) noexcept nogil:
-    """The kernel gives lookups back."""
-    cdef known_node **at
-    cdef known_node *n
-    id &= ~TOP_BIT
-    pthread_mutex_lock(&s.guard)
-    at = _bucket(s, id)
-    while at[0] != NULL and at[0].id != id:
-        at = &at[0].next
-    n = at[0]
-    if n != NULL and n.lookups > lookups:
-        n.lookups -= lookups
-    elif n != NULL:
-        at[0] = n.next
-        s.known_count -= 1
-        free(n)
-    pthread_mutex_unlock(&s.guard)
-
+# ---- forgetting ----------------------------------------------------------------------------------------------------
 
 cdef void _forget_all(worker *w) noexcept nogil:
     """FORGET, BATCH_FORGET: they go to the server too, which ignores what it does not know."""
@@ -189,12 +93,12 @@ cdef void _forget_all(worker *w) noexcept nogil:
     cdef uint64_t *pairs = <uint64_t *>(w.argument + sizeof(fuse_batch_forget_in))
     cdef size_t count, i
     if w.request.opcode == FUSE_FORGET:
-        _forget(s, w.request.nodeid, (<fuse_forget_in *>w.argument).nlookup)
+        forget_known(s, w.request.nodeid, (<fuse_forget_in *>w.argument).nlookup)
         return
     count = min(<size_t>(<fuse_batch_forget_in *>w.argument).count,
                 (w.argument_bytes - sizeof(fuse_batch_forget_in)) // 16)
     for i in range(count):
-        _forget(s, pairs[2 * i], pairs[2 * i + 1])
+        forget_known(s, pairs[2 * i], pairs[2 * i + 1])
 
 
 # ---- which rule ------------------------------------------------------------------------------------------------------
@@ -550,10 +454,10 @@ cdef int _answer_known(worker *w, message *m) noexcept nogil:
     if m.body_bytes >= sizeof(entry):
         id = (<entry *>m.body).node
         (<entry *>m.body).node_flags |= NODE_UNCACHED
-        _note(<special_state *>w.mount.rules, id, w.detour.vertex, w.detour.read_only)
+        note_known(<special_state *>w.mount.rules, id, w.detour.vertex, w.detour.read_only)
     status = w.detour.answer(w, m)
     if status == -ENOENT and id != 0:   # the kernel did not take it
-        _forget(<special_state *>w.mount.rules, id, 1)
+        forget_known(<special_state *>w.mount.rules, id, 1)
     return status
 
 
@@ -658,7 +562,7 @@ cdef bint _serve_other_end(worker *w) noexcept nogil:
     cdef int error = 0
     if node & MADE:
         error = EPERM
-    elif _find(s, node, &at):
+    elif find_known(s, node, &at):
         if w.request.opcode == FUSE_LINK:
             error = EROFS if at.read_only else 0
         elif _name(w, offset, &length) != NULL:
@@ -775,13 +679,13 @@ cdef bint serve_special(worker *w) noexcept nogil:
     if opcode in (FUSE_RENAME, FUSE_RENAME2, FUSE_LINK) and _serve_other_end(w):
         return True
     if opcode == FUSE_LOOKUP:
-        return _find(s, w.request.nodeid, &at) and _serve_lookup(w, &at)
+        return find_known(s, w.request.nodeid, &at) and _serve_lookup(w, &at)
     if opcode in (FUSE_READDIR, FUSE_READDIRPLUS):
-        return _find(s, w.request.nodeid, &at) and _prepare_listing(w, &at)
+        return find_known(s, w.request.nodeid, &at) and _prepare_listing(w, &at)
     if _makes(opcode) or opcode in (FUSE_UNLINK, FUSE_RMDIR, FUSE_RENAME, FUSE_RENAME2):
-        return _find(s, w.request.nodeid, &at) and _serve_change(w, &at)
+        return find_known(s, w.request.nodeid, &at) and _serve_change(w, &at)
     if opcode in (FUSE_OPEN, FUSE_SETATTR, FUSE_SETXATTR, FUSE_REMOVEXATTR, FUSE_ACCESS, FUSE_IOCTL, FUSE_TMPFILE) and \
-            _changes(w) and _find(s, w.request.nodeid, &at) and at.read_only:
+            _changes(w) and find_known(s, w.request.nodeid, &at) and at.read_only:
         reply_error(w, EROFS)
         return True
     return False

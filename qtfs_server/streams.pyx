@@ -18,8 +18,9 @@ from libc.string cimport memcpy
 from qtfs_common.protocol cimport MAX_PAYLOAD, OP_READ, OP_READY, OP_WRITE, count_reply
 from qtfs_server.events cimport event_answered, event_bell, event_notify, event_reply, flush_blocked
 from qtfs_server.handles cimport handle_unpin, set_stream_functions
-from qtfs_server.includes.linux cimport F_GETFL, O_ACCMODE, O_RDWR, fcntl, pthread_cond_broadcast, pthread_cond_init, pthread_cond_t, pthread_cond_wait, \
-    pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock
+from qtfs_server.includes.linux cimport F_GETFL, O_ACCMODE, O_RDWR, fcntl, pthread_cond_broadcast, pthread_cond_init, \
+    pthread_cond_t, pthread_cond_wait, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, \
+    pthread_mutex_unlock
 from qtfs_server.openers cimport press_cancelled
 from qtfs_server.session cimport HANDLE_STREAM, handle, session, session_hold, session_unref
 

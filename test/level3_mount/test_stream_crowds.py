@@ -25,7 +25,7 @@ pytestmark = pytest.mark.root
 
 FIFOS, STEPS = 500, 800
 CROWD = 2000
-CUTS = 50
+CUTS = 100
 PROGRAM = Path(__file__).with_name("crowd.py")
 
 
@@ -148,8 +148,9 @@ def test_a_crowd_is_told_of_a_death(tmp_path: Path, victim: str) -> None:
 
 NUMBERS = """
 import os, struct, sys
-for number in range(0, 30000, 20):
-    os.write(1, struct.pack("<20I", *range(number, number + 20)))
+fd = os.open(sys.argv[1], os.O_WRONLY)
+for number in range(0, 60000, 20):
+    os.write(fd, struct.pack("<20I", *range(number, number + 20)))
 """
 
 
@@ -159,17 +160,15 @@ def test_a_stream_across_many_cuts(tmp_path: Path, sides: str) -> None:
     with mounted(tmp_path) as (engine, proxy, there):
         a, b = (there if side == "there" else engine.share for side in sides.split("-"))
         os.mkfifo(a / "fifo")
-        keep = os.open(engine.share / "fifo", os.O_RDWR)
         done = threading.Event()
 
         def cut() -> None:
             for _ in range(CUTS):
-                if not done.wait(0.02):
+                if not done.wait(0.01):
                     proxy.cut_all()
 
-        with open(b / "fifo", "wb") as end:
-            source = subprocess.Popen([sys.executable, "-I", "-S", "-c", NUMBERS], stdout=end)
-        os.close(keep)
+        # It opens the FIFO itself: this process, where the proxy is, stands still while a child with our files begins.
+        source = subprocess.Popen([sys.executable, "-I", "-S", "-c", NUMBERS, str(b / "fifo")])
         cutter = threading.Thread(target=cut)
         cutter.start()
         try:
@@ -180,8 +179,8 @@ def test_a_stream_across_many_cuts(tmp_path: Path, sides: str) -> None:
             done.set()
             cutter.join()
         assert source.wait(30) == 0
-        assert len(data) == 120000
-        assert data == b"".join(number.to_bytes(4, "little") for number in range(30000))
+        assert len(data) == 240000
+        assert data == b"".join(number.to_bytes(4, "little") for number in range(60000))
 
 
 def test_openers_across_cuts(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import scenarios_streams
 from harness.engine_process import TRANSPORTS, EngineProcess
-from harness.leaks import thread_count
 from harness.mounts import MountProcess
 from harness.waiting import wait_until
 from kit import in_child
@@ -33,11 +32,9 @@ def mounts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         for name in ("there", "second"):
             mount = MountProcess(engine, engine.share, area / name, options)
             found[name] = stack.enter_context(mount.running()).point
-        before = thread_count(engine.pid)
         yield found
         stack.close()
         wait_until(engine.is_idle, f"the engine to let everything go; it has {engine.figures()}")
-        wait_until(lambda: thread_count(engine.pid) <= before, "threads that nobody needs to end", 15)
 
 
 SIDES = [("there", "here"), ("here", "there"), ("there", "there"), ("second", "there")]

@@ -4,8 +4,6 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from qtfs_common.protocol cimport header
 from qtfs_common.transport cimport message
 from qtfs_server.connection cimport connection
-from qtfs_server.dispatch cimport counters
-from qtfs_server.identity cimport identity
 from qtfs_server.session cimport session
 
 cdef enum source_kind:              # what an epoll event comes from
@@ -17,14 +15,6 @@ cdef struct listener:
     int kind
     int fd
     bint needs_authentication
-
-cdef struct worker:
-    identity me
-    uint8_t *inbox
-    uint8_t *outbox
-    uint8_t *scratch
-    counters count
-    int spin_credit                 # positive while spinning pays
 
 cdef class Errand:                  # a request that a thread of its own carries out
     cdef Server server

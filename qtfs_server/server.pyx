@@ -17,21 +17,19 @@ from libc.string cimport memcpy, memset
 from qtfs_common.protocol cimport *
 from qtfs_common.transport cimport WAIT_READABLE, channel, lend_buffers, message, now_us, park, socket_channel_init
 from qtfs_server.connection cimport STATE_EVENT, STATE_GREETED, STATE_NEW, STATE_SLOT, STATE_TRUSTED, connection
-from qtfs_server.dispatch cimport SLOT_BUSY, abandon_in_slot, counters, execute, execute_in_slot, is_errand, \
-    settle_in_slot
-from qtfs_server.events cimport event_acknowledged, event_answered, event_attached, event_pong, event_reply
+from qtfs_server.dispatch cimport SLOT_BUSY, abandon_in_slot, execute_in_slot, is_errand, settle_in_slot
+from qtfs_server.event_channel cimport abandon_all, answer_wait, let_all_go, open_events, serve_event
 from qtfs_server.identity cimport identity_init
 from qtfs_server.includes.linux cimport AT_FDCWD, O_CLOEXEC, O_DIRECTORY, O_PATH, RESOLVE_NO_MAGICLINKS, SYS_openat2, \
     atomic_add_int, atomic_load_int, close, open_how, pthread_mutex_init, pthread_mutex_lock, \
     pthread_mutex_t, pthread_mutex_unlock, syscall
-from qtfs_server.openers cimport abandon_openings, cancel_opening
-from qtfs_server.operations.locks cimport abandon_waits, cancel_wait, queue_for_locks, set_answer, \
-    stop_waiting_for_locks, wait_for_locks
+from qtfs_server.operations.locks cimport queue_for_locks, set_answer, stop_waiting_for_locks, wait_for_locks
 from qtfs_server.policy cimport ALLOW_MOUNT, path_place, place, count_denial
-from qtfs_server.request cimport DEFERRED, HANDED_OVER, MALFORMED, SCRATCH_BYTES, request
+from qtfs_server.request cimport HANDED_OVER, SCRATCH_BYTES
 from qtfs_server.nodes cimport node_pin, node_unpin, root_enter
 from qtfs_server.session cimport node, session, session_new, session_unref, set_farewell
-from qtfs_server.streams cimport abandon_stream_waits, end_streams, stop_watching_streams, stream_cancel, watch_streams
+from qtfs_server.streams cimport stop_watching_streams, watch_streams
+from qtfs_server.worker cimport BUFFER_BYTES, worker
 from qtfs_server cimport descriptors as descriptors_module
 
 import hmac
@@ -98,7 +96,6 @@ cdef extern from "<unistd.h>" nogil:
     int usleep(unsigned int)
 
 cdef enum:
-    BUFFER_BYTES = MAX_MESSAGE + 8192
     SPIN_US = 200                   # how long to look for the next request; below 100 it costs more than it gains
     SPIN_CREDIT = 16                # fruitless spins until a worker stops spinning for a while
     PARTIAL_WAIT_US = 10000         # how long workers wait for the rest of a message that is on its way
@@ -177,102 +174,6 @@ cdef void _connection_free(connection *c) noexcept nogil:
     free(c)
     atomic_add_int(&_connection_count, -1)
     atomic_add_int(&descriptors_module.descriptors, -1)
-
-
-# ---- event channels ----------------------------------------------------------------------------------------------------
-
-cdef void _open_events(connection *c) noexcept:
-    """From now on other threads send on this connection."""
-    cdef session *s = c.s
-    pthread_mutex_lock(&s.guard)
-    pthread_mutex_lock(&s.outbox_guard)
-    s.event = c
-    event_attached(s)
-    pthread_mutex_unlock(&s.outbox_guard)
-    pthread_mutex_unlock(&s.guard)
-
-
-cdef void _answer_wait(session *s, uint64_t tag, int error) noexcept nogil:
-    """Reply to a SETLKW, from whatever thread."""
-    event_reply(s, OP_SETLKW, tag, error, NULL, 0)
-
-
-cdef int _execute_event(worker *w, session *s, const message *msg) noexcept nogil:
-    """A request that may have to wait. 0 or -EPROTO."""
-    cdef request r
-    cdef int result
-    if event_answered(s, msg.head.op, msg.head.tag):
-        return 0                        # it comes again over a fresh connection, and so does its answer
-    r.s = s
-    r.me = &w.me
-    r.scratch = w.scratch
-    r.reply = w.outbox
-    r.reply_room = BUFFER_BYTES
-    r.repeated = False
-    r.may_wait = True
-    result = execute(&r, &w.count, msg)
-    if result == MALFORMED:
-        return -EPROTO
-    if result != DEFERRED:
-        event_reply(s, msg.head.op, msg.head.tag, result, w.outbox, r.reply_bytes)
-    return 0
-
-
-cdef bint _enter_event(session *s, connection *c) noexcept nogil:
-    """Wait until no other message is being executed. False: the session has a fresh event channel.
-
-    What was left unread on the old one has come again there, and may have been answered and confirmed: then nobody
-    would know any more that it comes late.
-    """
-    cdef bint busy = True
-    cdef bint current = True
-    while busy and current:
-        pthread_mutex_lock(&s.guard)
-        current = s.event == c
-        busy = s.event_busy
-        if current and not busy:
-            s.event_busy = True
-        pthread_mutex_unlock(&s.guard)
-        if busy and current:
-            usleep(EXECUTING_POLL_US)
-    return current
-
-
-cdef void _leave_event(session *s) noexcept nogil:
-    pthread_mutex_lock(&s.guard)
-    s.event_busy = False
-    pthread_mutex_unlock(&s.guard)
-
-
-cdef int _serve_event(worker *w, connection *c, const message *msg) noexcept nogil:
-    """One message of an event channel. 0, or -errno to close it."""
-    cdef int result
-    if not _enter_event(c.s, c):
-        return -ESTALE
-    result = _execute_event_message(w, c, msg)
-    _leave_event(c.s)
-    return result
-
-
-cdef int _execute_event_message(worker *w, connection *c, const message *msg) noexcept nogil:
-    """0 or -EPROTO."""
-    event_acknowledged(c.s, msg.head.sequence)
-    if msg.head.op == OP_PING and msg.body_bytes == 0:
-        event_pong(c.s, msg.head.tag)
-    elif msg.head.op == OP_CANCEL and msg.body_bytes == 0:
-        if not stream_cancel(c.s, msg.head.tag) and not cancel_opening(c.s, msg.head.tag):
-            cancel_wait(c.s, msg.head.tag)
-    elif msg.head.op in (OP_SETLKW, OP_OPEN, OP_READ, OP_WRITE, OP_RELEASE):
-        return _execute_event(w, c.s, msg)
-    else:
-        return -EPROTO
-    return 0
-
-
-cdef void _farewell(session *s) noexcept nogil:
-    """The session is about to be freed."""
-    abandon_waits(s)
-    end_streams(s)
 
 
 # ---- slot channels ---------------------------------------------------------------------------------------------------
@@ -365,7 +266,7 @@ cdef int _serve_message(Server server, worker *w, connection *c, const message *
     if msg.head.op >= OP_LOOKUP and c.state == STATE_SLOT:
         return _serve_slot(server, w, c, msg)
     if c.state == STATE_EVENT and msg.head.op != OP_DETACH:
-        return _serve_event(w, c, msg)
+        return serve_event(w, c, msg)
     with gil:
         return server._session_message(c, msg)
 
@@ -583,8 +484,8 @@ cdef class Server:
         self.grace_s = grace_s
         descriptors_module.descriptor_limit = descriptor_limit
         _spinning_at_most = max(1, (os.cpu_count() or 1) // 2)
-        set_answer(_answer_wait)
-        set_farewell(_farewell)
+        set_answer(answer_wait)
+        set_farewell(let_all_go)
         self.epoll_fd = epoll_create1(EPOLL_CLOEXEC)
         self.stop_fd = eventfd(0, EFD_CLOEXEC)
         self.spare_fd = eventfd(0, EFD_CLOEXEC)
@@ -682,7 +583,7 @@ cdef class Server:
             return -EPROTO
         cdef int sent = _reply(c, msg.head.op, msg.head.tag, error, reply)
         if c.state == STATE_EVENT and msg.head.op == OP_ATTACH:
-            _open_events(c)
+            open_events(c)
         return sent
 
     cdef bytes _hello(self, connection *c, bytes body):
@@ -758,7 +659,7 @@ cdef class Server:
         pthread_mutex_lock(&s.guard)
         older = <connection *>(s.event if slot == EVENT_SLOT else s.slot_table[slot].connection)
         if slot != EVENT_SLOT:
-            s.slot_table[slot].connection = c   # the event channel follows once it has its reply, _open_events
+            s.slot_table[slot].connection = c   # the event channel follows once it has its reply, open_events
         if older != NULL:
             shutdown(older.ch.fd, SHUT_RDWR)
         s.connections += 1
@@ -783,9 +684,7 @@ cdef class Server:
         pthread_mutex_unlock(&s.guard)
         self.carrier.session_ended(s.id)
         with nogil:
-            abandon_waits(s)
-            abandon_openings(s)
-            abandon_stream_waits(s)
+            abandon_all(s)
             session_unref(s)
         return 0
 

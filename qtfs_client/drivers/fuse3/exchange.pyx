@@ -219,7 +219,7 @@ cdef int _take_fresh(worker *w) noexcept nogil:
     w.attempts += 1
     if w.link.fresh_epoch != w.link.epoch:
         status = _new_session(w)
-    elif w.attempts > MAX_ATTEMPTS:
+    elif w.attempts > MAX_ATTEMPTS and not _has_to_arrive(w):
         w.sequence = w.link.fresh_sequence + 1
         status = -EIO
     else:

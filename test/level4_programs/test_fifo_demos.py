@@ -26,8 +26,10 @@ def demo(name: str, *words: object) -> Iterator[subprocess.Popen[bytes]]:
         env=variables,
     )  # fmt: skip
     with process:
-        yield process
-        process.kill()
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def reads_from(process: subprocess.Popen[bytes], fifo: Path) -> bool:
@@ -69,6 +71,8 @@ def test_blocks_are_not_split(fifos: list[Path]) -> None:
     with demo("cfifo_r", fifos[0]) as reader:
         wait_until(lambda: reads_from(reader, fifos[0]), "the FIFO to be open")
         with demo("cfifo_w", fifos[0]) as one, demo("cfifo_w", fifos[0]) as two:
+            # Or the reader may end with the first writer, before the second has come.
+            wait_until(lambda: reads_from(one, fifos[0]) and reads_from(two, fifos[0]), "both writers to be there")
             for _ in range(200):
                 for writer, letter in ((one, b"a"), (two, b"b")):
                     assert writer.stdin is not None

@@ -23,6 +23,9 @@ from qtfs_client.includes.linux cimport POLLIN, eventfd_read, eventfd_write, loa
 from qtfs_common.protocol cimport MESSAGE_REPLY
 from qtfs_common.transport cimport WAIT_READABLE, WAIT_WOKEN, WAIT_WRITABLE, message, now_us
 
+cdef extern from "<sched.h>" nogil:
+    int sched_yield()
+
 cdef enum:
     SLICE_US = 1000000              # longest sleep between two looks at interrupts and timeouts
     CAUGHT_SIGNAL_US = 2000000      # how long a caller that caught a signal still waits for success
@@ -138,6 +141,7 @@ cdef int _spin(worker *w, message *reply) noexcept nogil:
     cdef int64_t look = now + PATIENCE_US
     cdef int found = _receive(w, reply)
     while found == 0 and load_int(&w.link.link) == LINK_UP and now < until:
+        sched_yield()                   # the engine may be on this processor
         found = _receive(w, reply)
         now = now_us()
         if found == 0 and w.owes and now > look:

@@ -56,8 +56,8 @@ class SessionLostError(HandshakeError):
 class Ticket:
     """What MOUNT granted: all that a connection needs to join the session.
 
-    Slots from `slots` on, `control` of them, are for requests that may take long. `max_payload`: bytes of the longest READ or
-    WRITE.
+    Slots from `slots` on, `control` of them, are for requests that may take long. `max_payload`: bytes of the longest
+    READ or WRITE.
     """
 
     session: int

@@ -17,8 +17,8 @@ from typing import Any, TypeAlias
 
 from qtfs_common.addresses import VSOCK_ANY, parse_address
 from qtfs_common.errors import AddressError, ConfigError
-from qtfs_common.rings.geometry import parse_layout
 from qtfs_common.files import open_input
+from qtfs_common.rings.geometry import parse_layout
 
 DEFAULT_CLIENT_CONFIG = "/etc/qtfs/client.toml"
 LOG_LEVELS = ("NONE", "ERROR", "WARN", "INFO", "DEBUG")

@@ -15,7 +15,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from qtfs_common import auth, logs, rundir
@@ -50,7 +50,7 @@ class EngineOptions:
     pid_file: Path | None = None
     run_dir: Path | None = None
     grace_s: float = 90.0
-    bar_layout: Layout = Layout()
+    bar_layout: Layout = field(default_factory=Layout)
 
 
 def raise_descriptor_limit() -> int:

@@ -1,7 +1,7 @@
 """Serving clients over shared memory: laying it out, its bell socket, and clients on other machines.
 
-A client of this machine connects to the bell socket and says which channel it has claimed. For one on another machine, which
-cannot, our link does: it sees the claim in the memory. So the engine's workers know connections of one kind only.
+A client of this machine connects to the bell socket and says which channel it has claimed. For one on another machine,
+which cannot, our link does: it sees the claim in the memory. So the engine's workers know connections of one kind only.
 """
 
 from __future__ import annotations
@@ -83,7 +83,8 @@ class RingListener:
         except LayoutError as error:
             raise ListenError(f"cannot listen on {self.address}: {error}", errno.EINVAL) from error
         except OSError as error:
-            raise ListenError(f"cannot listen on {self.address}: {error.strerror or error}", error.errno or 0) from error
+            why = error.strerror or error
+            raise ListenError(f"cannot listen on {self.address}: {why}", error.errno or 0) from error
         log.info("%s: %d channels, requests of %d and replies of %d bytes", self.address, geometry.channels,
                  geometry.request_bytes, geometry.reply_bytes)
         self._link = Link(self.memory, True)
@@ -118,7 +119,8 @@ class RingListener:
     def serving(self, server: Server, needs_authentication: bool) -> Iterator[None]:
         """Let clients come, also after the memory was taken away and is there again."""
         server.listen(self._bell.fileno(), needs_authentication, self.memory)
-        thread = threading.Thread(target=self._look_after, args=(server, needs_authentication), name="rings", daemon=True)
+        arguments = (server, needs_authentication)
+        thread = threading.Thread(target=self._look_after, args=arguments, name="rings", daemon=True)
         thread.start()
         try:
             yield

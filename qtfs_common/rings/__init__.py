@@ -1,1 +1,1 @@
-"""Rings in memory that two machines or processes share: the transports pcie:// and shm://. doc/rings.md has the layout."""
+"""Rings in memory that two machines or processes share: the transports pcie:// and shm://, see doc/rings.md."""

@@ -1,6 +1,7 @@
 """Opening shared memory: finding and mapping a BAR or file, and a client's way to a channel of it.
 
-Channels are taken by locks on the file (open file description locks, fcntl(2)), a byte each, which die with their process.
+Channels are taken by locks on the file (open file description locks, fcntl(2)), a byte each, which die with their
+process.
 Sources: Documentation/PCI/sysfs-pci.rst, fcntl(2), proc_sys_kernel(5).
 """
 
@@ -239,7 +240,8 @@ def _shared(address: RingAddress) -> _Shared:
         with contextlib.closing(os.fdopen(fd, "rb", closefd=True)):
             known = _mappings.get(address)
             found = os.fstat(fd)
-            if known is not None and known.is_current() and known.identity == (found.st_dev, found.st_ino, found.st_size):
+            identity = (found.st_dev, found.st_ino, found.st_size)
+            if known is not None and known.is_current() and known.identity == identity:
                 return known
             _mappings.pop(address, None)
             known = _mappings[address] = _Shared(address, fd)

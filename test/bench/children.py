@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 
 def in_child(work: Callable[[], object], *, quiet: bool = False) -> int:
@@ -32,3 +34,19 @@ def expect_all(children: list[int]) -> None:
     ended = [ended_well(child) for child in children]
     if not all(ended):
         raise ChildProcessError("a process that took part failed")
+
+
+@contextlib.contextmanager
+def together(works: Sequence[Callable[[], object]]) -> Iterator[None]:
+    """A process for each, beside the body; none of them outlives it. Raises ChildProcessError if one failed."""
+    children: list[int] = []
+    try:
+        for work in works:
+            children.append(in_child(work))
+        yield
+    except BaseException:
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        raise
+    expect_all(children)

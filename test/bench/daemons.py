@@ -83,8 +83,12 @@ def wait_mounted(stack: contextlib.ExitStack, daemon: Daemon, top: Path) -> None
         time.sleep(0.01)
 
 
+def mount_points() -> list[Path]:
+    return [Path(line.split(" ")[4]) for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+
+
 def _is_mounted(top: Path) -> bool:
-    return any(line.split(" ")[4] == str(top) for line in Path("/proc/self/mountinfo").read_text().splitlines())
+    return top in mount_points()
 
 
 def _unmount(top: Path) -> None:

@@ -66,6 +66,9 @@ def _measure_once(results: Results, op: Operation, name: str, place: Place, coun
     """What fails once is not tried again: it may take its time to fail."""
     if (op.name, name) in results.failures:
         return
+    if not place.is_served:
+        results.failures[op.name, name] = "a process behind it has ended"
+        return
     try:
         results.samples[op.name][name].append(op.measure(place, count))
     except _FAILURES as error:

@@ -42,6 +42,11 @@ class Place:
     def is_bare(self) -> bool:
         return self.top == self.backing
 
+    @property
+    def is_served(self) -> bool:
+        """False once a process behind it has ended."""
+        return all(_runs(pid) for pid in self.clients + self.servers)
+
     def forget_pages(self, fd: int) -> None:
         """Drop what this side has cached of a file. Not in a bare directory: that would measure the disk."""
         if not self.is_bare:
@@ -68,6 +73,15 @@ class Place:
 def _cpu_s(processes: tuple[int, ...]) -> float:
     """Processor time of all threads, ended ones too, to the nanosecond: /proc/PID/stat counts in 10 ms."""
     return sum(time.clock_gettime(_process_clock(pid)) for pid in processes)
+
+
+def _runs(pid: int) -> bool:
+    """proc_pid_stat(5): the state comes behind the name, and a zombie's is Z."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(") ")[2][0] not in "ZX"
+    except FileNotFoundError:
+        return False
 
 
 def _process_clock(pid: int) -> int:

@@ -23,7 +23,7 @@ from typing import NoReturn
 import calls
 import peers as p
 import programs
-from daemons import Unavailable, complaints
+from daemons import Unavailable, complaints, mount_points
 from engine import CHECKOUT
 from figure import write_figure
 from measuring import measure
@@ -102,6 +102,15 @@ def _watch_memory(args: argparse.Namespace, area: Path, console: Console) -> boo
     return met
 
 
+def _remove(area: Path, console: Console) -> None:
+    """Not through a mount that would not go: /proc may be behind it."""
+    left = [str(point) for point in mount_points() if area in point.parents]
+    if left:
+        console.print(f"still mounted, {area} stays:", *left, markup=False)
+    else:
+        shutil.rmtree(area, ignore_errors=True)
+
+
 def _interrupted(_number: int, _frame: object) -> NoReturn:
     raise KeyboardInterrupt
 
@@ -121,7 +130,7 @@ def main() -> int:
     except KeyboardInterrupt:
         return 130
     finally:
-        shutil.rmtree(area, ignore_errors=True)
+        _remove(area, console)
     return 1 if args.check and not met else 0
 
 

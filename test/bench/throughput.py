@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 
 import calls
-from children import expect_all, in_child
+from children import together
 from places import MIB, Place, Sample
 
 
@@ -79,14 +79,13 @@ def _together(processes: int, work: Callable[[Place, int, int], Sample], place: 
         os.close(go)
         _await(done, processes)
 
-    children = [in_child(partial(one, number)) for number in range(processes)]
-    os.close(tell)
-    os.close(finish)
-    _await(ready, processes)
-    sample = place.timed(processes * share, race)
+    with together([partial(one, number) for number in range(processes)]):
+        os.close(tell)
+        os.close(finish)
+        _await(ready, processes)
+        sample = place.timed(processes * share, race)
     for fd in (ready, waiting, done):
         os.close(fd)
-    expect_all(children)
     return sample
 
 

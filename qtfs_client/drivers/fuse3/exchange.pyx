@@ -106,6 +106,7 @@ cdef int _send(worker *w, builder build) noexcept nogil:
     """Bring the message on its way, or further on its way. 0: it is out; -EAGAIN: wait; other: see ask."""
     cdef int status
     if w.phase == PHASE_BUILD:
+        w.link.ch.ops.release(w.link.ch)    # the last reply has been handed on
         status = build(w)
         if status < 0:
             return status

@@ -168,6 +168,7 @@ cdef struct mount_state:
     bint special_remote             # opening a FIFO or device of the server opens it there
     int64_t timeout_us              # 0: wait for ever
     int64_t spin_us
+    uint32_t max_payload            # of READ and WRITE, bytes
     int32_t cpus
     int32_t neighbour               # 1: the engine runs on this machine
     void *rules                     # special_state of special.pxd; NULL: no rule is about anything below the source

@@ -42,8 +42,17 @@ cdef extern from *:
         SYS_tkill
     long syscall(long, ...) nogil
 
+cdef extern from "<sched.h>" nogil:
+    int sched_yield()
+
+cdef extern from "<unistd.h>" nogil:
+    int usleep(unsigned int)
+
 cdef enum:
     STATUS_BYTES = 16384            # 1024 groups of ten digits and all the rest
+    # A caller that has sent its request may not be asleep yet: looked at so often, then once a millisecond, so often.
+    QUICK_LOOKS = 10
+    SLOW_LOOKS = 1000
 
 # Signals whose default is to be ignored or to stop: CHLD, CONT, STOP, TSTP, TTIN, TTOU, URG, WINCH; signal(7)
 cdef uint64_t HARMLESS = (1 << 16 | 1 << 17 | 1 << 18 | 1 << 19 | 1 << 20 | 1 << 21 | 1 << 22 | 1 << 27)
@@ -123,25 +132,39 @@ cdef bint process_is_called(uint64_t pid, const char *names) noexcept nogil:
     return False
 
 
+cdef bint _read_syscall(uint32_t pid, char *text, size_t size) noexcept nogil:
+    """Read /proc/PID/syscall. False if there is nothing to be read."""
+    cdef char path[32]
+    cdef ssize_t got
+    snprintf(path, sizeof(path), "%u/syscall", pid)
+    cdef int fd = openat(_proc, path, O_RDONLY | O_CLOEXEC)
+    if fd < 0:
+        return False
+    got = read(fd, text, size - 1)
+    close(fd)
+    text[max(got, 0)] = 0
+    return got > 0
+
+
 cdef bint _read_call(uint32_t pid, unsigned long *call) noexcept nogil:
     """The system call that a thread sleeps in: its number and first four arguments. False: that cannot be seen.
 
-    /proc/PID/syscall, proc_pid_syscall(5).
+    proc_pid_syscall(5). A thread that has lost its processor between asking and falling asleep is "running" still.
     """
-    cdef char path[32]
     cdef char text[256]
     cdef char *at = text
-    cdef ssize_t got
-    cdef int fd, i
-    snprintf(path, sizeof(path), "%u/syscall", pid)
-    fd = openat(_proc, path, O_RDONLY | O_CLOEXEC)
-    if fd < 0:
-        return False
-    got = read(fd, text, sizeof(text) - 1)
-    close(fd)
-    text[max(got, 0)] = 0
-    if got <= 0 or text[0] < b'0' or text[0] > b'9':
-        return False                    # "running"
+    cdef int looks, i
+    for looks in range(QUICK_LOOKS + SLOW_LOOKS):
+        if not _read_syscall(pid, text, sizeof(text)):
+            return False
+        if text[0] != b'r':
+            break
+        if looks < QUICK_LOOKS:
+            sched_yield()
+        else:
+            usleep(1000)
+    if text[0] < b'0' or text[0] > b'9':
+        return False                    # still "running", or it sleeps outside of a system call: "-1"
     for i in range(5):
         call[i] = strtoul(at, &at, 0)
     return True

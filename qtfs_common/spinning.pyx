@@ -2,7 +2,7 @@
 
 Between two looks it offers its processor to others, sched_yield(2). How long that takes tells who else is there. Some
 microseconds: somebody who works with us, such as the engine that makes our reply. If that goes on, the two share a processor
-while another may be idle, and waking that one costs more than the work; then one of them moves. Milliseconds: somebody who
+while another may be idle, and waking that one costs more than the work; then one of them moves. More: somebody who
 computes; then we rest, and sleep for our messages as others do.
 """
 from libc.stdint cimport int64_t
@@ -33,15 +33,16 @@ cdef extern from "<sched.h>" nogil:
 
 cdef enum:
     SHARED_US = 3                   # a turn that takes longer was somebody else's too
-    COMPUTED_US = 1000              # one that takes so long was that of a program that computes
+    COMPUTED_US = 300               # one that takes so long was that of a program that computes
     FIRST_REST_US = 20000
     LONGEST_REST_US = 640000
     FIRST_MOVE_US = 5000
     LONGEST_MOVE_US = 1000000
 
 
-cdef bint spin_allowed(const spinner *s, int64_t now) noexcept nogil:
-    """Whether nobody else needs the processor, as far as we know."""
+cdef bint spin_begin(spinner *s, int64_t now) noexcept nogil:
+    """Begin a search; False if somebody else needs the processor, as far as we know."""
+    s.spent_us = 0
     return now >= s.rest_until_us
 
 
@@ -51,6 +52,7 @@ cdef int64_t spin_turn(spinner *s, int64_t now) noexcept nogil:
     ring_pause()
     sched_yield()
     later = now_us()
+    s.spent_us += later - now if later - now < SHARED_US else 1
     if later - now >= COMPUTED_US:
         s.rest_us = min(max(2 * s.rest_us, <int64_t>FIRST_REST_US), <int64_t>LONGEST_REST_US) \
             if later < s.rest_until_us + 10 * s.rest_us else FIRST_REST_US

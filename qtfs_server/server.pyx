@@ -17,7 +17,7 @@ from libc.string cimport memcpy, memset
 from qtfs_common.protocol cimport *
 from qtfs_common.rings.channel cimport greeter_init
 from qtfs_common.rings.memory cimport RingMemory
-from qtfs_common.spinning cimport move_away, spin_allowed, spin_shares, spin_turn
+from qtfs_common.spinning cimport SPIN_CAP_US, move_away, spin_begin, spin_shares, spin_turn
 from qtfs_common.transport cimport WAIT_READABLE, WAIT_WRITABLE, channel, lend_buffers, message, now_us, park, socket_channel_init
 from qtfs_server.connection cimport STATE_EVENT, STATE_GREETED, STATE_NEW, STATE_SLOT, STATE_TRUSTED, connection
 from qtfs_server.dispatch cimport SLOT_BUSY, abandon_in_slot, execute_in_slot, is_errand, settle_in_slot
@@ -213,11 +213,11 @@ cdef bint _may_spin(worker *w) noexcept nogil:
 cdef int _spin(worker *w, connection *c, message *msg) noexcept nogil:
     """Look for the next request for a while; the result of the last receive."""
     cdef int64_t now = now_us()
-    cdef int64_t deadline = now + SPIN_US
+    cdef int64_t deadline = now + SPIN_CAP_US
     cdef int found = 0
-    if not spin_allowed(&w.spinner, now) or not _may_spin(w):
+    if not spin_begin(&w.spinner, now) or not _may_spin(w):
         return 0
-    while found == 0 and now < deadline:
+    while found == 0 and w.spinner.spent_us < SPIN_US and now < deadline:
         now = spin_turn(&w.spinner, now)
         found = c.ch.ops.receive(&c.ch, msg)
     if spin_shares(&w.spinner, SHARED_TURNS, now):

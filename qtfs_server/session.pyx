@@ -3,7 +3,7 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcpy
 
-from qtfs_server.descriptors cimport close_counted
+from qtfs_server.descriptors cimport close_counted, close_node
 from qtfs_server.includes.linux cimport atomic_add_int, pthread_mutex_destroy, pthread_mutex_init, \
     pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock
 
@@ -18,9 +18,9 @@ pthread_mutex_init(&_all_guard, NULL)
 
 # ---- tables ------------------------------------------------------------------------------------------------------
 
-cdef node *node_at(session *s, uint32_t index) noexcept nogil:
-    """The node of an index below node_count."""
-    return &s.node_chunks[index // CHUNK][index % CHUNK]
+cdef record *record_at(session *s, uint32_t index) noexcept nogil:
+    """The record of an index below record_count."""
+    return &s.record_chunks[index // CHUNK][index % CHUNK]
 
 
 cdef handle *handle_at(session *s, uint32_t index) noexcept nogil:
@@ -63,7 +63,7 @@ cdef session *session_new(uint64_t id, const uint8_t *secret, uint32_t salt, uin
     memcpy(s.secret, secret, sizeof(s.secret))
     s.salt = salt
     s.slots = slots
-    s.node_count = s.handle_count = 1
+    s.record_count = s.shape_count = s.handle_count = 1
     s.references = 1
     s.outbox_end = &s.outbox
     pthread_mutex_init(&s.guard, NULL)
@@ -75,15 +75,17 @@ cdef session *session_new(uint64_t id, const uint8_t *secret, uint32_t salt, uin
 cdef void _free_nodes(session *s) noexcept nogil:
     cdef uint32_t i
     cdef node *n
-    for i in range(1, s.node_count):
-        n = node_at(s, i)
-        if n.flags & NODE_IN_USE:
-            close_counted(n.fd)
+    for i in range(1, s.record_count):
+        if record_at(s, i).stamp & RECORD_AWAKE:
+            n = record_at(s, i).body.awake
+            close_node(n.fd)
             free(n.revive)
-    for i in range((s.node_count + CHUNK - 1) // CHUNK):
-        if s.node_chunks != NULL:
-            free(s.node_chunks[i])
-    free(s.node_chunks)
+            free(n)
+    for i in range((s.record_count + CHUNK - 1) // CHUNK):
+        if s.record_chunks != NULL:
+            free(s.record_chunks[i])
+    free(s.record_chunks)
+    free(s.shapes)
 
 
 cdef void _free_handles(session *s) noexcept nogil:

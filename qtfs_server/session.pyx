@@ -2,6 +2,7 @@
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcpy
+from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap, munmap
 
 from qtfs_server.descriptors cimport close_counted, close_node
 from qtfs_server.includes.linux cimport atomic_add_int, pthread_mutex_destroy, pthread_mutex_init, \
@@ -29,19 +30,32 @@ cdef handle *handle_at(session *s, uint32_t index) noexcept nogil:
 
 
 cdef void **grown_chunks(void **chunks, uint32_t count, size_t item_bytes) noexcept nogil:
-    """Make room for item `count` of a chunked table. The table, moved perhaps, or NULL: then the old one is good."""
+    """Make room for item `count` of a chunked table. The table, moved perhaps, or NULL: then the old one is good.
+
+    Chunks are mapped, not malloc'ed: all of a large table goes back to the system when its session ends.
+    """
     cdef uint32_t chunk = count // CHUNK
     cdef void **larger
     cdef void *fresh
     if chunks != NULL and count % CHUNK != 0:
         return chunks
-    fresh = calloc(CHUNK, item_bytes)
-    larger = <void **>realloc(chunks, (chunk + 1) * sizeof(void *)) if fresh != NULL else NULL
+    fresh = mmap(NULL, CHUNK * item_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+    if fresh == MAP_FAILED:
+        return NULL
+    larger = <void **>realloc(chunks, (chunk + 1) * sizeof(void *))
     if larger == NULL:
-        free(fresh)
+        munmap(fresh, CHUNK * item_bytes)
         return NULL
     larger[chunk] = fresh
     return larger
+
+
+cdef void _free_chunks(void **chunks, uint32_t count, size_t item_bytes) noexcept nogil:
+    cdef uint32_t i
+    for i in range((count + CHUNK - 1) // CHUNK):
+        if chunks != NULL:
+            munmap(chunks[i], CHUNK * item_bytes)
+    free(chunks)
 
 
 # ---- life --------------------------------------------------------------------------------------------------------
@@ -81,10 +95,7 @@ cdef void _free_nodes(session *s) noexcept nogil:
             close_node(n.fd)
             free(n.revive)
             free(n)
-    for i in range((s.record_count + CHUNK - 1) // CHUNK):
-        if s.record_chunks != NULL:
-            free(s.record_chunks[i])
-    free(s.record_chunks)
+    _free_chunks(<void **>s.record_chunks, s.record_count, sizeof(record))
     free(s.shapes)
 
 
@@ -93,10 +104,7 @@ cdef void _free_handles(session *s) noexcept nogil:
     for i in range(1, s.handle_count):
         if handle_at(s, i).flags & HANDLE_IN_USE:
             close_counted(handle_at(s, i).fd)
-    for i in range((s.handle_count + CHUNK - 1) // CHUNK):
-        if s.handle_chunks != NULL:
-            free(s.handle_chunks[i])
-    free(s.handle_chunks)
+    _free_chunks(<void **>s.handle_chunks, s.handle_count, sizeof(handle))
 
 
 cdef void _session_free(session *s) noexcept nogil:

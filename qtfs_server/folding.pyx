@@ -6,14 +6,15 @@ throughout the file system; that one is kept in the record. A node whose handle 
 so does one that is opened by a path or that the client has looked up more often than a record can count.
 """
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free, malloc, realloc
+from libc.stdlib cimport malloc, realloc
 from libc.string cimport memcmp, memcpy, memset
 
 from qtfs_server.includes.linux cimport file_handle
 from qtfs_server.node_table cimport record_free_locked
 from qtfs_server.policy cimport place
 from qtfs_server.session cimport MAX_SHAPES, NODE_REVIVE_BY_PATH, NO_INDEX, RECORD_AWAKE, SHAPE_CHAINS, SHAPE_WORDS, \
-    WORD_CONSTANT, WORD_INO_HIGH, WORD_INO_LOW, WORD_OWN, node, record, record_at, session, shape, shape_key
+    WORD_CONSTANT, WORD_INO_HIGH, WORD_INO_LOW, WORD_OWN, node, node_free_locked, node_new_locked, record, \
+    record_at, session, shape, shape_key
 
 cdef enum:
     MOST_LOOKUPS = 0xffff
@@ -84,7 +85,7 @@ cdef void _leave_shape_locked(session *s, uint16_t index) noexcept nogil:
 # ---- file handles --------------------------------------------------------------------------------------------------
 
 cdef uint32_t _word(const file_handle *of, uint32_t number) noexcept nogil:
-    cdef uint32_t word
+    cdef uint32_t word = 0
     memcpy(&word, of.f_handle + 4 * number, 4)
     return word
 
@@ -165,8 +166,7 @@ cdef bint fold_locked(session *s, node *n) noexcept nogil:
     r.lookups = <uint16_t>n.lookups
     r.body.seen = n.seen
     r.stamp &= ~<uint32_t>RECORD_AWAKE
-    free(n.revive)
-    free(n)
+    node_free_locked(s, n)
     return True
 
 
@@ -178,12 +178,12 @@ cdef node *unfold_locked(session *s, uint32_t index) noexcept nogil:
     if r.stamp & RECORD_AWAKE:
         return r.body.awake
     key = &s.shapes[r.shape].key
-    n = <node *>calloc(1, sizeof(node))
+    n = node_new_locked(s)
     if n == NULL:
         return NULL
     n.revive = <uint8_t *>_put_together(key, r.ino, r.own)
     if n.revive == NULL:
-        free(n)
+        node_free_locked(s, n)
         return NULL
     n.ino = r.ino
     n.index = index

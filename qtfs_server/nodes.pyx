@@ -6,7 +6,7 @@ uses is folded into its record (folding.pyx).
 """
 from libc.errno cimport EMFILE, ENFILE, ENOENT, ENOMEM, EROFS, ESTALE, errno
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free, malloc
+from libc.stdlib cimport free, malloc
 from libc.string cimport memcmp, memcpy, memset, strcpy, strrchr
 
 from qtfs_common.protocol cimport MAX_PATH, NODE_ALIAS, ROOT_NODE, entry
@@ -22,8 +22,8 @@ from qtfs_server.policy cimport ALLOW_LOOK, OFF_TRIE, child_place, current_epoch
     refusal
 from qtfs_server.node_table cimport awake_locked, find_record_locked, node_id, record_free_locked, record_new_locked, \
     record_of_locked, record_unlink_locked
-from qtfs_server.session cimport NODE_PATHLESS, NODE_RECENT, NODE_REVIVE_BY_PATH, NODE_USED, NO_INDEX, node, record, \
-    record_at, session, session_fullest, session_unref
+from qtfs_server.session cimport NODE_PATHLESS, NODE_RECENT, NODE_REVIVE_BY_PATH, NODE_USED, NO_INDEX, node, \
+    node_free_locked, node_new_locked, record, record_at, session, session_fullest, session_unref
 
 cdef enum:
     MAX_HANDLE_BYTES = 128          # MAX_HANDLE_SZ of <linux/exportfs.h>
@@ -407,8 +407,7 @@ cdef void _drop_locked(session *s, node *n) noexcept nogil:
     """Free a node that nobody knows or holds."""
     close_node(_take_fd_locked(s, n))
     record_free_locked(s, n.index)
-    free(n.revive)
-    free(n)
+    node_free_locked(s, n)
 
 
 cdef void _settle_locked(session *s, node *n) noexcept nogil:
@@ -533,7 +532,7 @@ cdef bint _is_node_locked(node *n, const statx_t *st, const file_handle *current
 
 cdef node *_make_locked(session *s, uint32_t on_device, const statx_t *st, place where) noexcept nogil:
     """A new node without descriptor, or NULL."""
-    cdef node *n = <node *>calloc(1, sizeof(node))
+    cdef node *n = node_new_locked(s)
     if n == NULL:
         return NULL
     n.ino = st.stx_ino
@@ -542,7 +541,7 @@ cdef node *_make_locked(session *s, uint32_t on_device, const statx_t *st, place
     n.fd = -1
     n.where = where
     if record_new_locked(s, n) == NO_INDEX:
-        free(n)
+        node_free_locked(s, n)
         n = NULL
     return n
 

@@ -163,6 +163,9 @@ cdef struct session:
     uint32_t record_count           # indexes below this were given out once
     uint32_t record_free
     uint32_t nodes_used
+    node **node_chunks
+    uint32_t node_count             # nodes that were given out once
+    node *spare_nodes               # given back, by next_open
     uint32_t open_nodes             # those that have their descriptor
     node *hand                      # of the eviction clock, in their ring; NULL: there is none
     shape *shapes
@@ -193,5 +196,7 @@ cdef void set_farewell(session_function farewell) noexcept nogil
 cdef session *session_fullest() noexcept nogil
 cdef session *session_after(session *s) noexcept nogil
 cdef record *record_at(session *s, uint32_t index) noexcept nogil
+cdef node *node_new_locked(session *s) noexcept nogil
+cdef void node_free_locked(session *s, node *n) noexcept nogil
 cdef handle *handle_at(session *s, uint32_t index) noexcept nogil
 cdef void **grown_chunks(void **chunks, uint32_t count, size_t item_bytes) noexcept nogil

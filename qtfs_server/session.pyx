@@ -1,7 +1,7 @@
 """Life of a session, and the chunked tables its nodes and handles are kept in."""
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, realloc
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memset
 from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap, munmap
 
 from qtfs_server.descriptors cimport close_counted, close_node
@@ -58,6 +58,30 @@ cdef void _free_chunks(void **chunks, uint32_t count, size_t item_bytes) noexcep
     free(chunks)
 
 
+cdef node *node_new_locked(session *s) noexcept nogil:
+    """A node of zeros, or NULL. Not malloc's: nodes come and go in all threads, and would leave holes in its arenas."""
+    cdef node *n = s.spare_nodes
+    cdef node **chunks
+    if n == NULL:
+        chunks = <node **>grown_chunks(<void **>s.node_chunks, s.node_count, sizeof(node))
+        if chunks == NULL:
+            return NULL
+        s.node_chunks = chunks
+        n = &chunks[s.node_count // CHUNK][s.node_count % CHUNK]
+        s.node_count += 1
+    else:
+        s.spare_nodes = n.next_open
+    memset(n, 0, sizeof(node))
+    return n
+
+
+cdef void node_free_locked(session *s, node *n) noexcept nogil:
+    """Give a node back, with what it keeps to be opened again; its descriptor is closed."""
+    free(n.revive)
+    n.next_open = s.spare_nodes
+    s.spare_nodes = n
+
+
 # ---- life --------------------------------------------------------------------------------------------------------
 
 cdef session *session_new(uint64_t id, const uint8_t *secret, uint32_t salt, uint32_t slots) noexcept nogil:
@@ -94,7 +118,7 @@ cdef void _free_nodes(session *s) noexcept nogil:
             n = record_at(s, i).body.awake
             close_node(n.fd)
             free(n.revive)
-            free(n)
+    _free_chunks(<void **>s.node_chunks, s.node_count, sizeof(node))
     _free_chunks(<void **>s.record_chunks, s.record_count, sizeof(record))
     free(s.shapes)
 

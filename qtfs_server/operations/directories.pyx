@@ -2,7 +2,7 @@
 
 Sources: getdents64(2), telldir(3), <linux/fuse.h> (struct fuse_dirent, struct fuse_direntplus).
 """
-from libc.errno cimport EINVAL, ENOTDIR, errno
+from libc.errno cimport EINVAL, EMSGSIZE, ENOTDIR, errno
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset, strlen
 
@@ -151,6 +151,8 @@ cdef int op_readdir(request *r) noexcept nogil:
     if error < 0:
         return error
     error = node_allowed(h.node, h.fd, ALLOW_READDIR) if h.flags & HANDLE_DIRECTORY else -ENOTDIR
+    if error == 0 and body.size > r.reply_room:
+        error = -EMSGSIZE
     if error == 0:
         error = node_hold(r.s, h.node)
     if error == 0:

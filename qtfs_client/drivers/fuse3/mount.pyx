@@ -10,7 +10,7 @@ from qtfs_client.drivers.fuse3.events cimport watch
 from qtfs_client.drivers.fuse3.exchange cimport stop
 from qtfs_client.drivers.fuse3.special cimport SpecialRules
 from qtfs_client.drivers.fuse3.state cimport BUFFER_BYTES, CACHE_ALWAYS, CACHE_AUTO, CACHE_NONE, LINK_LOST, \
-    LINK_READY, LINK_UP, line, mount_change, mount_state, pending_request, worker
+    LINK_READY, LINK_UP, REQUEST_PAYLOAD, line, mount_change, mount_state, pending_request, worker
 from qtfs_client.drivers.fuse3.waits cimport free_waits
 from qtfs_client.drivers.fuse3.workers cimport work
 from qtfs_client.includes.fuse_abi cimport fuse_in_header, fuse_write_in
@@ -74,10 +74,10 @@ cdef class Mount:
         pthread_mutex_init(&self.m.guard, NULL)
 
     def __init__(self, int device, *, str cache="auto", int channels=16, double timeout_s=30.0, int spin_us=200,
-                 bint neighbour=False, owner: int | None = None, bint special_remote=True, SpecialRules rules=None):
+                 uint32_t max_payload=REQUEST_PAYLOAD, bint neighbour=False, owner: int | None = None, bint special_remote=True, SpecialRules rules=None):
         """Take over a mounted /dev/fuse descriptor.
 
-        `neighbour`: the engine runs on this machine. `owner`: the only user besides root who is let in.
+        `max_payload`: bytes of the longest READ or WRITE. `neighbour`: the engine runs on this machine. `owner`: the only user besides root who is let in.
         `special_remote`: FIFOs and devices are opened on the server, where the kernel tells who wants to open. `rules`:
         for what lies below the source, of this mount alone.
         """
@@ -92,6 +92,7 @@ cdef class Mount:
         self.m.worker_limit = min(channels, MAX_SLOTS)
         self.m.timeout_us = <int64_t>(timeout_s * 1e6)
         self.m.spin_us = spin_us
+        self.m.max_payload = min(max_payload, <uint32_t>REQUEST_PAYLOAD)
         self.m.cpus = len(os.sched_getaffinity(0))
         self.m.neighbour = neighbour
         self.m.deny_others = owner is not None

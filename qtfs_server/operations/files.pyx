@@ -190,7 +190,7 @@ cdef int _open_existing(request *r, node *parent, const char *name, size_t name_
     """CREATE of a name that another machine made first: open what is there, if it is a regular file."""
     cdef create_request *body = <create_request *>r.body
     cdef node *n = NULL
-    cdef int error = node_enter(r.s, parent, name, name_bytes, &out.made)
+    cdef int error = node_enter(r.s, parent, name, name_bytes, False, &out.made)
     act_as_root(r.me)
     if error == 0:
         error = node_pin(r.s, out.made.node, &n)

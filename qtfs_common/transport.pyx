@@ -175,7 +175,7 @@ cdef int poll_socket(channel *ch, short events, int wake_fd, int64_t timeout_us,
 
 
 cdef int _socket_wait(channel *ch, int want, int wake_fd, int64_t timeout_us) noexcept nogil:
-    cdef bint woken
+    cdef bint woken = False
     cdef int events = (POLLIN if want & WAIT_READABLE else 0) | (POLLOUT if want & WAIT_WRITABLE else 0)
     cdef int seen = poll_socket(ch, <short>events, wake_fd, timeout_us, &woken)
     cdef int result = WAIT_WOKEN if woken else 0

@@ -17,6 +17,7 @@ from libc.string cimport memcpy, memset
 from qtfs_common.protocol cimport *
 from qtfs_common.rings.channel cimport greeter_init
 from qtfs_common.rings.memory cimport RingMemory
+from qtfs_common.spinning cimport move_away, spin_allowed, spin_shares, spin_turn
 from qtfs_common.transport cimport WAIT_READABLE, WAIT_WRITABLE, channel, lend_buffers, message, now_us, park, socket_channel_init
 from qtfs_server.connection cimport STATE_EVENT, STATE_GREETED, STATE_NEW, STATE_SLOT, STATE_TRUSTED, connection
 from qtfs_server.dispatch cimport SLOT_BUSY, abandon_in_slot, execute_in_slot, is_errand, settle_in_slot
@@ -79,15 +80,13 @@ cdef extern from "<sys/socket.h>" nogil:
         SHUT_RDWR
     int accept4(int, void *, void *, int)
 
-cdef extern from "<sched.h>" nogil:
-    int sched_yield()
-
 cdef extern from "<unistd.h>" nogil:
     ssize_t write(int, const void *, size_t)
     int usleep(unsigned int)
 
 cdef enum:
     SPIN_US = 200                   # how long to look for the next request; below 100 it costs more than it gains
+    SHARED_TURNS = 64               # until we look for another processor; a client moves sooner, and may have to
     SPIN_CREDIT = 16                # fruitless spins until a worker stops spinning for a while
     PARTIAL_WAIT_US = 10000         # how long workers wait for the rest of a message that is on its way
     EXECUTING_POLL_US = 1000
@@ -213,14 +212,16 @@ cdef bint _may_spin(worker *w) noexcept nogil:
 
 cdef int _spin(worker *w, connection *c, message *msg) noexcept nogil:
     """Look for the next request for a while; the result of the last receive."""
-    cdef int64_t deadline
+    cdef int64_t now = now_us()
+    cdef int64_t deadline = now + SPIN_US
     cdef int found = 0
-    if not _may_spin(w):
+    if not spin_allowed(&w.spinner, now) or not _may_spin(w):
         return 0
-    deadline = now_us() + SPIN_US
-    while found == 0 and now_us() < deadline:
-        sched_yield()               # somebody else's turn comes first
+    while found == 0 and now < deadline:
+        now = spin_turn(&w.spinner, now)
         found = c.ch.ops.receive(&c.ch, msg)
+    if spin_shares(&w.spinner, SHARED_TURNS, now):
+        move_away()
     atomic_add_int(&_spinning, -1)
     if found == 1:
         w.spin_credit = SPIN_CREDIT

@@ -158,7 +158,8 @@ cdef bint _place(ring_end *e, uint64_t size, uint64_t *skip) noexcept nogil:
     cdef uint64_t at = e.tail % e.out_bytes
     cdef uint64_t whole = _aligned(size)
     cdef uint64_t room = _free_bytes(e)
-    skip[0] = e.out_bytes - at if at + whole > e.out_bytes or at >= RESTART_BYTES and room == e.out_bytes else 0
+    cdef uint64_t rest = e.out_bytes - at
+    skip[0] = rest if whole > rest or at >= RESTART_BYTES and room == e.out_bytes and rest + whole <= room else 0
     return skip[0] + whole <= room
 
 
@@ -443,7 +444,7 @@ cdef class RingConnection(Connection):
 
     def listen_for_bell(self, double timeout_s) -> None:
         """Sleep until the engine rings."""
-        cdef bint woken
+        cdef bint woken = False
         cdef int64_t timeout_us = <int64_t>(timeout_s * 1e6)
         with nogil:
             poll_socket(&self.ch, POLLIN, -1, timeout_us, &woken)

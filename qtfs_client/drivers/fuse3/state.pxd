@@ -15,6 +15,7 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from qtfs_client.includes.fuse_abi cimport fuse_in_header
 from qtfs_client.includes.linux cimport pthread_mutex_t
 from qtfs_common.protocol cimport MAX_SLOTS, forget_item
+from qtfs_common.spinning cimport spinner
 from qtfs_common.transport cimport channel, message
 
 cdef enum:
@@ -122,6 +123,7 @@ cdef struct worker:
     bint owes                       # nobody has read the device since it took its request
     int backlog                     # how many requests in a row were there before it asked for one
     # spinning
+    spinner spinner
     int spin_credit
     uint32_t spin_count
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 import statistics
 import subprocess
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -13,6 +14,8 @@ from places import Place, Sample
 from rich.console import Console
 from rich.progress import Progress
 
+#: For one measurement, most of which take less than a second.
+_TIMEOUT_S = 60.0
 _FAILURES = (OSError, AssertionError, subprocess.SubprocessError, sqlite3.Error)
 
 
@@ -69,7 +72,19 @@ def _measure_once(results: Results, op: Operation, name: str, place: Place, coun
     if not place.is_served:
         results.failures[op.name, name] = "a process behind it has ended"
         return
+    # Who waits for an answer of FUSE that never comes cannot even be killed, but its daemon can.
+    watchdog = threading.Timer(_TIMEOUT_S, place.end_clients)
+    watchdog.start()
     try:
         results.samples[op.name][name].append(op.measure(place, count))
     except _FAILURES as error:
-        results.failures[op.name, name] = str(error) or type(error).__name__
+        hung = f", ended after {_TIMEOUT_S:g} s" if watchdog.finished.is_set() else ""
+        results.failures[op.name, name] = _reason(error) + hung
+    finally:
+        watchdog.cancel()
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, subprocess.CalledProcessError):
+        return f"{error.cmd[0]} ended with {error.returncode}"
+    return str(error) or type(error).__name__

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -46,6 +48,12 @@ class Place:
     def is_served(self) -> bool:
         """False once a process behind it has ended."""
         return all(_runs(pid) for pid in self.clients + self.servers)
+
+    def end_clients(self) -> None:
+        """Whoever waits for this mount then gets an error."""
+        for pid in self.clients:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def forget_pages(self, fd: int) -> None:
         """Drop what this side has cached of a file. Not in a bare directory: that would measure the disk."""

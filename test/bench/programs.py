@@ -17,7 +17,6 @@ import calls
 import materials
 from places import MIB, Place, Sample
 
-_TIMEOUT_S = 120.0
 _numbers = itertools.count()
 
 
@@ -35,7 +34,6 @@ def _run(*command: str) -> str:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         env=materials.GIT_ENVIRONMENT,
-        timeout=_TIMEOUT_S,
         text=True,
     )
     return done.stdout
@@ -146,4 +144,4 @@ def _at_depth(depth: int) -> Sequence[str]:
 @cache
 def _has_io_uring() -> bool:
     command = [*("fio", "--name=probe", "--ioengine=io_uring", "--rw=read", "--filename=/dev/zero"), "--size=4k"]
-    return subprocess.run(command, check=False, capture_output=True, timeout=_TIMEOUT_S).returncode == 0
+    return subprocess.run(command, check=False, capture_output=True).returncode == 0

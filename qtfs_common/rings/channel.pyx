@@ -184,7 +184,7 @@ cdef void _publish(channel *ch, ring_end *e, uint64_t size) noexcept nogil:
 
 cdef uint8_t *_ring_reserve(channel *ch, size_t size, bint bulk) noexcept nogil:
     cdef ring_end *e = _end(ch)
-    cdef uint64_t skip
+    cdef uint64_t skip = 0
     e.direct = 0
     if size > ch.largest:
         return NULL
@@ -198,7 +198,7 @@ cdef int _send_parts(channel *ch, ring_end *e, const uint8_t *first, size_t firs
                      size_t second_bytes) noexcept nogil:
     """A message in two parts: 0, -EAGAIN: there is no room yet, or -EMSGSIZE."""
     cdef uint64_t size = first_bytes + second_bytes
-    cdef uint64_t skip
+    cdef uint64_t skip = 0
     cdef uint8_t *at
     if size > ch.largest:
         return -EMSGSIZE
@@ -257,7 +257,7 @@ cdef ssize_t _ring_put(channel *ch, const uint8_t *data, size_t size) noexcept n
 
 cdef int _ready(channel *ch, ring_end *e, int want) noexcept nogil:
     """Which of what is wanted (WAIT_*) can be had now."""
-    cdef uint64_t skip
+    cdef uint64_t skip = 0
     cdef uint64_t unsent = ch.unsent_bytes[0] + ch.unsent_bytes[1]
     cdef int result = 0
     if _is_over(e):

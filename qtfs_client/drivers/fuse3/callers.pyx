@@ -107,7 +107,7 @@ cdef int caller_cpu(uint32_t pid) noexcept nogil:
     cdef char path[32]
     cdef char *at
     cdef ssize_t got = 0
-    cdef int field
+    cdef int spaces = 0
     snprintf(path, sizeof(path), "%u/stat", pid)
     cdef int fd = openat(_proc, path, O_RDONLY | O_CLOEXEC) if pid > 0 else -1
     if fd >= 0:
@@ -115,8 +115,9 @@ cdef int caller_cpu(uint32_t pid) noexcept nogil:
         close(fd)
     text[max(got, 0)] = 0
     at = strrchr(text, b')')            # the name before it may hold anything
-    for field in range(2, 39):
-        at = strchr(at + 1, b' ') if at != NULL else NULL
+    while at != NULL and spaces < 37:   # the name is field 2
+        at = strchr(at + 1, b' ')
+        spaces += 1
     return <int>strtoul(at + 1, NULL, 10) if at != NULL else -1
 
 

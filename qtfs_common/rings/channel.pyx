@@ -120,6 +120,7 @@ cdef int _take(channel *ch, ring_end *e, uint64_t there, message *out) noexcept 
     if out.head.length > ch.inbox_bytes:
         return -EMSGSIZE
     memcpy(ch.inbox, e.area + at + sizeof(header), out.body_bytes)
+    ch.copied += out.body_bytes
     out.body = ch.inbox
     e.head += whole
     return 1
@@ -221,6 +222,7 @@ cdef int _ring_flush(channel *ch) noexcept nogil:
         return -ECONNRESET
     status = _send_parts(ch, e, ch.unsent[0], ch.unsent_bytes[0], ch.unsent[1], ch.unsent_bytes[1])
     if status == 0:
+        ch.copied += ch.unsent_bytes[0] + ch.unsent_bytes[1]
         ch.unsent_bytes[0] = ch.unsent_bytes[1] = 0
         free(ch.kept_output)
         ch.kept_output = NULL

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from qtfs_common import auth
-from qtfs_common.addresses import Address, connect_socket
+from qtfs_common.addresses import Address, PcieAddress, ShmAddress, connect_socket
 from qtfs_common.errors import QtfsError
 from qtfs_common.protocol import LIMITS, MAGIC, OPERATIONS, REPLY, VERSION
+from qtfs_common.rings.shared import connect_ring
 from qtfs_common.transport import Connection
 
 #: qtfs_common.protocol's records, for struct.
@@ -30,6 +31,8 @@ _ATTACH_REPLY = struct.Struct("<Q")
 _MOUNT_READ_ONLY = 1
 _MOUNT_WATCH = 2
 _MOUNT_LET_GO = 4
+#: An extended attribute of the largest size has to fit.
+_MIN_PAYLOAD = 65536
 _MOUNT_FAILURE = 32  # mount(8), section "EXIT STATUS"
 #: Seconds for one exchange of the handshake where the user said "wait for ever".
 _FOR_EVER_S = 1e6
@@ -53,7 +56,8 @@ class SessionLostError(HandshakeError):
 class Ticket:
     """What MOUNT granted: all that a connection needs to join the session.
 
-    Slots from `slots` on, `control` of them, are for requests that may take long.
+    Slots from `slots` on, `control` of them, are for requests that may take long. `max_payload`: bytes of the longest
+    READ or WRITE.
     """
 
     session: int
@@ -61,6 +65,7 @@ class Ticket:
     slots: int
     grace_s: int
     control: int = 0
+    max_payload: int = LIMITS["MAX_PAYLOAD"]
 
 
 def encode(op: int, body: bytes = b"", *, slot: int = 0, sequence: int = 0, tag: int = 0) -> bytes:
@@ -106,7 +111,7 @@ class Engine:
                 raise HandshakeError(self._mount_failure(source, error), error)
             session, secret, granted, grace_s = self._unpack(_MOUNT_REPLY, reply)
             control = min(control, granted - 1)
-            return connection, Ticket(session, secret, granted - control, grace_s, control)
+            return connection, Ticket(session, secret, granted - control, grace_s, control, connection.max_payload)
         except BaseException:
             connection.close()
             raise
@@ -134,15 +139,21 @@ class Engine:
 
     def _connect(self) -> Connection:
         """A connection past HELLO and AUTHENTICATE."""
-        sock = connect_socket(self.address, self._timeout_s if self._timeout_s < _FOR_EVER_S else None)
-        sock.setblocking(False)
-        connection = Connection(sock.detach())
+        connection = self._reach()
         try:
             self._hello(connection)
         except BaseException:
             connection.close()
             raise
         return connection
+
+    def _reach(self) -> Connection:
+        """A connection of whatever transport the address names."""
+        if isinstance(self.address, PcieAddress | ShmAddress):
+            return connect_ring(self.address, self._timeout_s)
+        sock = connect_socket(self.address, self._timeout_s if self._timeout_s < _FOR_EVER_S else None)
+        sock.setblocking(False)
+        return Connection(sock.detach())
 
     def _hello(self, connection: Connection) -> None:
         nonce = auth.new_nonce()
@@ -153,10 +164,13 @@ class Engine:
                                  f"{VERSION} of the protocol", error)
         if error:
             raise HandshakeError(f"{self.address}: the engine refused us: {os.strerror(error)}", error)
-        version, authentication, _features, _payload, _slots, server_nonce = self._unpack(_WELCOME, reply)
+        version, authentication, _features, payload, _slots, server_nonce = self._unpack(_WELCOME, reply)
         if version != VERSION:
             raise HandshakeError(f"{self.address}: version mismatch: the engine speaks version {version} of the "
                                  f"protocol, this client version {VERSION}", errno.EPROTONOSUPPORT)
+        if payload < _MIN_PAYLOAD:
+            raise HandshakeError(f"{self.address}: the engine takes {payload} bytes at once: too few", errno.EPROTO)
+        connection.max_payload = min(payload, LIMITS["MAX_PAYLOAD"])
         if authentication:
             self._authenticate(connection, nonce, server_nonce)
 

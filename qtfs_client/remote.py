@@ -407,7 +407,7 @@ class RemoteFS:
 
     def read(self, handle: int, offset: int, size: int) -> bytes:
         """Read at most `size` bytes and MAX_PAYLOAD; less than that only at the end of the file."""
-        return self._ask("READ", 0, _TRANSFER.pack(handle, offset, min(size, MAX_PAYLOAD), 0))
+        return self._ask("READ", 0, _TRANSFER.pack(handle, offset, min(size, self.ticket.max_payload), 0))
 
     def write(
         self, handle: int, offset: int, data: bytes, *, kill_privileges: bool = False, caller: Caller = SUPERUSER
@@ -416,7 +416,7 @@ class RemoteFS:
 
         `kill_privileges`: clear suid and sgid even for root; they are cleared for everybody else.
         """
-        part = data[:MAX_PAYLOAD]
+        part = data[: self.ticket.max_payload]
         body = _TRANSFER.pack(handle, offset, len(part), _KILL_PRIVILEGES if kill_privileges else 0)
         return _unpack(_NUMBER, self._ask("WRITE", 0, body + part, caller))[0]
 

@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 from qtfs_common.addresses import VSOCK_ANY, parse_address
 from qtfs_common.errors import AddressError, ConfigError
 from qtfs_common.files import open_input
+from qtfs_common.rings.geometry import parse_layout
 
 DEFAULT_CLIENT_CONFIG = "/etc/qtfs/client.toml"
 LOG_LEVELS = ("NONE", "ERROR", "WARN", "INFO", "DEBUG")
@@ -96,6 +97,11 @@ def _addresses(value: list[Any]) -> tuple[str, ...]:
     return tuple(value)
 
 
+def _bar_layout(value: str) -> str:
+    parse_layout(value)
+    return value
+
+
 def _ip(value: str) -> str:
     try:
         return str(ipaddress.ip_address(value))
@@ -120,6 +126,7 @@ ENGINE_SCHEMA: Schema = {
     "run_dir": _PATH,
     "key_file": _PATH,
     "grace": _SECONDS,
+    "bar_layout": ((str,), _bar_layout),
     # 0: any free port; the ready line tells which.
     "port": ((int,), _between(0, 65535)),
 }

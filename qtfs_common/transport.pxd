@@ -4,7 +4,7 @@ A channel carries whole messages in both directions. It owns its descriptor (or 
 to one thread at a time. No function blocks but `wait`. Errors are negative errno values.
 """
 from libc.stdint cimport int64_t, uint8_t, uint32_t
-from qtfs_common.protocol cimport header
+from qtfs_common.protocol cimport MAX_MESSAGE, header
 
 cdef struct message:                # a received message; `body` is lent until the next `receive` on the channel
     header head                     # copied out and checked
@@ -14,16 +14,32 @@ cdef struct message:                # a received message; `body` is lent until t
 cdef struct channel_operations:
     # 1: a message; 0: none yet; -EPROTO: malformed; -ECONNRESET: the peer is gone; other -errno
     int (*receive)(channel *, message *) noexcept nogil
-    # room for a message of at most that many bytes (header included); NULL: too large
-    uint8_t *(*reserve)(channel *, size_t) noexcept nogil
+    # room for a message of at most that many bytes (header included); NULL: too large. `bulk`: it will be mostly file
+    # data, so where the transport has shared memory it is built in there, and not read again
+    uint8_t *(*reserve)(channel *, size_t, bint) noexcept nogil
     # send the first bytes of the reserved room, then `payload`, which stays the caller's and must outlive the send;
     # 0: gone; -EAGAIN: call flush when writable, with the same buffers still in place
     int (*commit)(channel *, size_t, const void *, size_t) noexcept nogil
     int (*flush)(channel *) noexcept nogil
+    # send an encoded message, or what is left of it, without the owner's buffers: how many bytes went, or -errno. Other
+    # threads may, if they see to it that one does at a time and the owner does not commit
+    ssize_t (*put)(channel *, const uint8_t *, size_t) noexcept nogil
+    # the owner is done with the last message: its room may be used again
+    void (*release)(channel *) noexcept nogil
+    # before its owner leaves it to epoll(7), until a message comes (WAIT_READABLE) or there is room: whether that is
+    # already so, and after it was woken
+    bint (*doze)(channel *, int) noexcept nogil
+    void (*wake)(channel *) noexcept nogil
+    # from any thread: let the owner find the channel broken (SHUT_RDWR) or at its end (SHUT_RD)
+    void (*cut)(channel *, int) noexcept nogil
     # wait for room to read or write, for wake_fd (-1: none) to become readable, or for the time to pass;
     # returns WAIT_* bits, 0 on time-out; timeout_us -1: for ever
     int (*wait)(channel *, int, int, int64_t) noexcept nogil
     void (*close)(channel *) noexcept nogil
+
+cdef enum:
+    INBOX_BYTES = MAX_MESSAGE + 8192    # one message and the beginning of the next
+    UNTRUSTED_LIMIT = 8192              # longest message from a peer that has not been let in yet
 
 cdef enum:
     WAIT_READABLE = 1
@@ -32,7 +48,9 @@ cdef enum:
 
 cdef struct channel:
     const channel_operations *ops
-    int fd
+    int fd                          # the socket, or what rings if the messages go by shared memory
+    void *ring                      # ring_end of rings/channel.pxd; NULL: the messages go by the socket
+    uint32_t largest                # the longest message that can be sent, bytes
     uint32_t limit                  # longest message accepted, bytes; raised once the peer is known
     uint8_t *inbox                  # received bytes [begin, end); NULL while nothing is lent and nothing is kept
     size_t inbox_bytes
@@ -50,9 +68,13 @@ cdef void socket_channel_init(channel *ch, int fd) noexcept nogil
 cdef int own_buffers(channel *ch) noexcept nogil
 cdef void lend_buffers(channel *ch, uint8_t *inbox, size_t inbox_bytes, uint8_t *outbox, size_t outbox_bytes) noexcept nogil
 cdef int park(channel *ch) noexcept nogil
+cdef void release_buffers(channel *ch) noexcept nogil
+cdef int poll_socket(channel *ch, short events, int wake_fd, int64_t timeout_us, bint *woken) noexcept nogil
 cdef int64_t now_us() noexcept nogil
 
 cdef class Connection:
     cdef channel ch
     cdef bint open
+    cdef public uint32_t max_payload    # of READ and WRITE, as the handshake found; 0: not known yet
+    cdef int _begin(self) except -1
     cdef int _wait(self, int want, int64_t deadline) except -1

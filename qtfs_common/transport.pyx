@@ -26,6 +26,8 @@ cdef extern from "<sys/socket.h>" nogil:
         MSG_DONTWAIT
         MSG_NOSIGNAL
     ssize_t recv(int, void *, size_t, int)
+    ssize_t send(int, const void *, size_t, int)
+    int shutdown(int, int)
     ssize_t sendmsg(int, const msghdr *, int)
 
 cdef extern from "<poll.h>" nogil:
@@ -37,11 +39,6 @@ cdef extern from "<poll.h>" nogil:
         POLLIN
         POLLOUT
     int ppoll(pollfd *, unsigned long, const timespec *, const void *)
-
-cdef enum:
-    INBOX_BYTES = MAX_MESSAGE + 8192    # one message and the beginning of the next
-    UNTRUSTED_LIMIT = 8192              # longest message from a peer that has not been let in yet
-
 
 cdef int64_t now_us() noexcept nogil:
     """CLOCK_MONOTONIC in microseconds."""
@@ -99,7 +96,7 @@ cdef int _socket_receive(channel *ch, message *out) noexcept nogil:
 
 # ---- sending -----------------------------------------------------------------------------------------------------
 
-cdef uint8_t *_socket_reserve(channel *ch, size_t size) noexcept nogil:
+cdef uint8_t *_socket_reserve(channel *ch, size_t size, bint bulk) noexcept nogil:
     return ch.outbox if size <= ch.outbox_bytes else NULL
 
 
@@ -146,29 +143,60 @@ cdef int _socket_commit(channel *ch, size_t size, const void *payload, size_t pa
     return _socket_flush(ch)
 
 
+cdef ssize_t _socket_put(channel *ch, const uint8_t *data, size_t size) noexcept nogil:
+    cdef ssize_t sent = send(ch.fd, data, size, MSG_DONTWAIT | MSG_NOSIGNAL)
+    while sent < 0 and errno == EINTR:
+        sent = send(ch.fd, data, size, MSG_DONTWAIT | MSG_NOSIGNAL)
+    return sent if sent >= 0 else -errno
+
+
+cdef void _socket_release(channel *ch) noexcept nogil:
+    """The inbox is used again by the next `receive`."""
+
+
 # ---- waiting, closing --------------------------------------------------------------------------------------------
 
-cdef int _socket_wait(channel *ch, int want, int wake_fd, int64_t timeout_us) noexcept nogil:
+cdef int poll_socket(channel *ch, short events, int wake_fd, int64_t timeout_us, bint *woken) noexcept nogil:
+    """ppoll(2) on the channel's descriptor, whose events are returned, and on wake_fd (-1: none)."""
     cdef pollfd fds[2]
     cdef timespec limit
-    cdef int ready, result = 0
     fds[0].fd = ch.fd
-    fds[0].events = (POLLIN if want & WAIT_READABLE else 0) | (POLLOUT if want & WAIT_WRITABLE else 0)
+    fds[0].events = events
     fds[1].fd = wake_fd
     fds[1].events = POLLIN
     fds[0].revents = fds[1].revents = 0
     limit.tv_sec = timeout_us // 1000000
     limit.tv_nsec = (timeout_us % 1000000) * 1000
-    ready = ppoll(fds, 2, NULL if timeout_us < 0 else &limit, NULL)
-    if ready <= 0:
+    if ppoll(fds, 2, NULL if timeout_us < 0 else &limit, NULL) <= 0:
+        woken[0] = False
         return 0
-    if fds[0].revents & POLLOUT and want & WAIT_WRITABLE:
+    woken[0] = fds[1].revents != 0
+    return fds[0].revents
+
+
+cdef int _socket_wait(channel *ch, int want, int wake_fd, int64_t timeout_us) noexcept nogil:
+    cdef bint woken = False
+    cdef int events = (POLLIN if want & WAIT_READABLE else 0) | (POLLOUT if want & WAIT_WRITABLE else 0)
+    cdef int seen = poll_socket(ch, <short>events, wake_fd, timeout_us, &woken)
+    cdef int result = WAIT_WOKEN if woken else 0
+    if seen & POLLOUT and want & WAIT_WRITABLE:
         result |= WAIT_WRITABLE
-    if fds[0].revents & ~POLLOUT:   # errors and hang-ups show themselves when reading
+    if seen & ~POLLOUT:             # errors and hang-ups show themselves when reading
         result |= WAIT_READABLE
-    if fds[1].revents:
-        result |= WAIT_WOKEN
     return result
+
+
+cdef bint _socket_doze(channel *ch, int want) noexcept nogil:
+    """epoll(7) sees for itself."""
+    return False
+
+
+cdef void _socket_wake(channel *ch) noexcept nogil:
+    """Nothing was said."""
+
+
+cdef void _socket_cut(channel *ch, int how) noexcept nogil:
+    shutdown(ch.fd, how)
 
 
 cdef void _release_inbox(channel *ch) noexcept nogil:
@@ -185,12 +213,17 @@ cdef void _release_outbox(channel *ch) noexcept nogil:
     ch.outbox_bytes = 0
 
 
-cdef void _socket_close(channel *ch) noexcept nogil:
+cdef void release_buffers(channel *ch) noexcept nogil:
+    """What `close` begins with."""
     _release_inbox(ch)
     _release_outbox(ch)
     free(ch.kept_output)
     ch.kept_output = NULL
     ch.unsent_bytes[0] = ch.unsent_bytes[1] = 0
+
+
+cdef void _socket_close(channel *ch) noexcept nogil:
+    release_buffers(ch)
     if ch.fd >= 0:
         close(ch.fd)
     ch.fd = -1
@@ -201,7 +234,12 @@ _socket_operations.receive = _socket_receive
 _socket_operations.reserve = _socket_reserve
 _socket_operations.commit = _socket_commit
 _socket_operations.flush = _socket_flush
+_socket_operations.put = _socket_put
+_socket_operations.release = _socket_release
 _socket_operations.wait = _socket_wait
+_socket_operations.doze = _socket_doze
+_socket_operations.wake = _socket_wake
+_socket_operations.cut = _socket_cut
 _socket_operations.close = _socket_close
 
 
@@ -211,6 +249,7 @@ cdef void socket_channel_init(channel *ch, int fd) noexcept nogil:
     ch.ops = &_socket_operations
     ch.fd = fd
     ch.limit = UNTRUSTED_LIMIT
+    ch.largest = INBOX_BYTES
 
 
 # ---- buffers: a client's channel owns its own, the server's workers lend theirs ------------------------------------
@@ -279,19 +318,23 @@ cdef int park(channel *ch) noexcept nogil:
 cdef class Connection:
     """A channel for Python code: handshakes, tests, and drivers that are not per-request nogil code."""
 
-    def __cinit__(self, int fd):
+    def __init__(self, int fd) -> None:
         """Take over the connected stream socket `fd`."""
         socket_channel_init(&self.ch, fd)
+        self._begin()
+
+    cdef int _begin(self) except -1:
         self.open = True
         self.ch.limit = MAX_MESSAGE
         if own_buffers(&self.ch) < 0:
             raise MemoryError
+        return 0
 
     def __dealloc__(self):
         self.close()
 
     def close(self) -> None:
-        """Close the socket and free the buffers; more than once does no harm."""
+        """Close the channel and free its buffers; more than once does no harm."""
         if self.open:
             self.open = False
             self.ch.ops.close(&self.ch)
@@ -310,7 +353,7 @@ cdef class Connection:
     def send(self, bytes data not None, double timeout_s=30.0) -> None:
         """Send one encoded message whole. Raises OSError, or TimeoutError."""
         cdef size_t size = len(data)
-        cdef uint8_t *room = self.ch.ops.reserve(&self.ch, size) if self.open else NULL
+        cdef uint8_t *room = self.ch.ops.reserve(&self.ch, size, False) if self.open else NULL
         if room == NULL:
             raise OSError(EMSGSIZE, os.strerror(EMSGSIZE))
         memcpy(room, <const uint8_t *>data, size)

@@ -12,6 +12,7 @@ from qtfs_common import __version__, logs
 from qtfs_common.addresses import DEFAULT_PORT, Address, parse_address
 from qtfs_common.config import ENGINE_SCHEMA, MAX_WORKERS, load_config, value_from_text
 from qtfs_common.errors import QtfsError
+from qtfs_common.rings.geometry import Layout, parse_layout
 from qtfs_common.special import DEFAULT_RULES
 from qtfs_common.whitelist import DEFAULT_PATH
 from qtfs_server.engine import EngineOptions, run
@@ -20,7 +21,7 @@ _USAGE = """%(prog)s [OPTIONS] WORKERS PROXY_THREADS MY_ADDR MY_PROXY_PORT PEER_
        %(prog)s [OPTIONS] --listen ADDRESS [--listen ADDRESS ...]"""
 
 _EPILOG = """addresses:
-  vsock://CID:PORT   tcp://HOST:PORT   unix:///path
+  vsock://CID:PORT   tcp://HOST:PORT   unix:///path   shm:///path   pcie://BDF/resourceN
   MY_ADDR and PEER_ADDR: a vsock CID, or an IPv4 address (then TCP)
 
 signals: SIGHUP reads the whitelist and the special rules again; SIGTERM finishes what is being executed and exits 0."""
@@ -42,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", metavar="N", help="worker threads (default 16)")
     parser.add_argument("--listen", action="append", metavar="ADDRESS", help="serve clients here; may be repeated")
     parser.add_argument("--port", metavar="N", help=f"data port where an address names none ({DEFAULT_PORT})")
+    parser.add_argument("--bar-layout", metavar="LAYOUT", help="channels=N,request=SIZE,reply=SIZE of shm and pcie")
     parser.add_argument("--whitelist", metavar="FILE", help=f"what clients may do (default {DEFAULT_PATH})")
     parser.add_argument("--special", metavar="FILE", help=f"paths to hide or protect (default {DEFAULT_RULES})")
     parser.add_argument("--key-file", metavar="FILE", help="key that clients must know; needed for TCP beyond loopback")
@@ -114,6 +116,7 @@ def _options(settings: dict[str, Any]) -> EngineOptions:
         pid_file=path("pid_file"),
         run_dir=path("run_dir"),
         grace_s=settings.get("grace", 90.0),
+        bar_layout=parse_layout(settings["bar_layout"]) if settings.get("bar_layout") else Layout(),
     )
 
 

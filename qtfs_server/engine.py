@@ -15,16 +15,18 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from qtfs_common import auth, logs, rundir
-from qtfs_common.addresses import Address, UnixAddress, bound_address, listen_socket
+from qtfs_common.addresses import Address, PcieAddress, ShmAddress, UnixAddress, bound_address, listen_socket
 from qtfs_common.errors import QtfsError
+from qtfs_common.rings.geometry import Layout
 from qtfs_common.special import DEFAULT_RULES, load_special
 from qtfs_common.whitelist import load_whitelist
 from qtfs_server.errands import Errands
 from qtfs_server.policy import install
+from qtfs_server.rings import RingListener
 from qtfs_server.server import Server
 
 log = logging.getLogger(__name__)
@@ -48,6 +50,7 @@ class EngineOptions:
     pid_file: Path | None = None
     run_dir: Path | None = None
     grace_s: float = 90.0
+    bar_layout: Layout = field(default_factory=Layout)
 
 
 def raise_descriptor_limit() -> int:
@@ -75,21 +78,45 @@ def _load_key(options: EngineOptions) -> bytes | None:
     return None
 
 
+@dataclass(frozen=True)
+class _Listening:
+    """One address that is listened on, by a socket or by shared memory."""
+
+    address: Address
+    heard: socket.socket | RingListener
+
+    @contextlib.contextmanager
+    def serving(self, server: Server, has_key: bool) -> Iterator[Address]:
+        """Let clients come; where, if the kernel chose a port."""
+        # Who has a key wants it used. Who may use a Unix socket, or the memory, its own mode says.
+        if isinstance(self.heard, RingListener):
+            with self.heard.serving(server, False):
+                yield self.address
+        else:
+            server.listen(self.heard.fileno(), has_key and not isinstance(self.address, UnixAddress))
+            yield bound_address(self.heard)
+
+
 @contextlib.contextmanager
-def _listening(addresses: tuple[Address, ...], run_dir: Path | None) -> Iterator[list[socket.socket]]:
+def _listening(options: EngineOptions) -> Iterator[list[_Listening]]:
     """Listen on all addresses, each under a lock that names us to a second engine."""
-    directory = rundir.run_directory(run_dir)
+    directory = rundir.run_directory(options.run_dir)
     with contextlib.ExitStack() as stack:
-        sockets = []
-        for address in addresses:
+        found = []
+        for address in options.listen:
             name = "engine@" + str(address).replace("/", "_") + ".lock"
             stack.enter_context(rundir.lock_file(name[-250:], directory))
+            if isinstance(address, PcieAddress | ShmAddress):
+                ring = RingListener(address, options.bar_layout, directory)
+                stack.callback(ring.close)
+                found.append(_Listening(address, ring))
+                continue
             sock = stack.enter_context(listen_socket(address))
             sock.setblocking(False)
             if isinstance(address, UnixAddress):
                 stack.callback(Path(address.path).unlink, missing_ok=True)
-            sockets.append(sock)
-        yield sockets
+            found.append(_Listening(address, sock))
+        yield found
 
 
 @contextlib.contextmanager
@@ -186,14 +213,12 @@ def run(options: EngineOptions, ready: Callable[[list[Address]], None]) -> int:
     key = _load_key(options)
     limit = raise_descriptor_limit()
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-    with _listening(options.listen, options.run_dir) as sockets, _pid_file(options.pid_file):
+    with _listening(options) as listening, _pid_file(options.pid_file), contextlib.ExitStack() as stack:
         errands = Errands()
         server = Server(carrier=errands, key=key, grace_s=options.grace_s, descriptor_limit=limit)
-        for address, sock in zip(options.listen, sockets, strict=True):
-            # Who has a key wants it used. A Unix socket's own mode says who may connect.
-            server.listen(sock.fileno(), key is not None and not isinstance(address, UnixAddress))
+        addresses = [stack.enter_context(one.serving(server, key is not None)) for one in listening]
         threads = _start_threads(server, options.workers)
-        ready([bound_address(sock) for sock in sockets])
+        ready(addresses)
         logs.notify("READY=1")
         with _signals() as signals:
             _obey_signals(server, options, signals)

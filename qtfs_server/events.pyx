@@ -6,7 +6,7 @@ what its socket does not take is left for `flush_blocked`.
 
 Lock order: session.outbox_guard, _blocked_guard.
 """
-from libc.errno cimport EAGAIN, EINTR, errno
+from libc.errno cimport EAGAIN
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
@@ -26,11 +26,7 @@ cdef extern from "<sys/eventfd.h>" nogil:
 
 cdef extern from "<sys/socket.h>" nogil:
     enum:
-        MSG_DONTWAIT
-        MSG_NOSIGNAL
         SHUT_RDWR
-    int shutdown(int, int)
-    ssize_t send(int, const void *, size_t, int)
 
 cdef enum:
     MAX_OUTBOX_BYTES = 64 << 20     # of one session: a client that acknowledges nothing is cut off
@@ -87,14 +83,12 @@ cdef void _flush_locked(session *s) noexcept nogil:
     cdef connection *c = <connection *>s.event
     cdef ssize_t sent
     while c != NULL and s.unsent != NULL:
-        sent = send(c.ch.fd, _bytes(s.unsent) + s.unsent_at, s.unsent.size - s.unsent_at, MSG_DONTWAIT | MSG_NOSIGNAL)
-        if sent < 0 and errno == EINTR:
-            continue
+        sent = c.ch.ops.put(&c.ch, _bytes(s.unsent) + s.unsent_at, s.unsent.size - s.unsent_at)
         if sent < 0:
-            if errno == EAGAIN:
+            if sent == -EAGAIN:
                 _list_blocked_locked(s)
             else:
-                shutdown(c.ch.fd, SHUT_RDWR)
+                c.ch.ops.cut(&c.ch, SHUT_RDWR)
             return
         s.unsent_at += sent
         if s.unsent_at == s.unsent.size:
@@ -113,7 +107,7 @@ cdef void _append_locked(session *s, outgoing *message) noexcept nogil:
         s.unsent = message
         s.unsent_at = 0
     if s.outbox_bytes > MAX_OUTBOX_BYTES and c != NULL:
-        shutdown(c.ch.fd, SHUT_RDWR)
+        c.ch.ops.cut(&c.ch, SHUT_RDWR)
     else:
         _flush_locked(s)
 

@@ -2,6 +2,7 @@
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 
 from qtfs_common.protocol cimport header
+from qtfs_common.rings.memory cimport ring_memory
 from qtfs_common.transport cimport message
 from qtfs_server.connection cimport connection
 from qtfs_server.session cimport session
@@ -15,6 +16,7 @@ cdef struct listener:
     int kind
     int fd
     bint needs_authentication
+    ring_memory *memory             # what it is the bell of; NULL: its sockets carry the messages
 
 cdef class Errand:                  # a request that a thread of its own carries out
     cdef Server server
@@ -33,8 +35,7 @@ cdef class Server:
     cdef int epoll_fd
     cdef int stop_fd
     cdef int spare_fd               # given up to accept and refuse a connection when descriptors have run out
-    cdef int listener_count
-    cdef listener listeners[64]
+    cdef listener listeners[64]     # those in use are of kind SOURCE_LISTENER
     cdef listener stop_source
     cdef list workers
     cdef dict sessions

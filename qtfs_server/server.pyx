@@ -9,13 +9,16 @@ Who owns what: a connection belongs to the worker that holds its one-shot event;
 session.guard (attached ones) or _connections_guard, which its owner takes before it frees it. An errand owns the
 connection that it came by until it has answered; the dicts of errands belong to whoever holds the GIL.
 """
-from libc.errno cimport EACCES, EAGAIN, EINTR, EINVAL, EMFILE, ENFILE, EPERM, EPROTO, EPROTONOSUPPORT, ESTALE, errno
+from libc.errno cimport EACCES, EAGAIN, EINVAL, EMFILE, ENFILE, EPERM, EPROTO, EPROTONOSUPPORT, ESTALE, errno
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
 
 from qtfs_common.protocol cimport *
-from qtfs_common.transport cimport WAIT_READABLE, channel, lend_buffers, message, now_us, park, socket_channel_init
+from qtfs_common.rings.channel cimport greeter_init
+from qtfs_common.rings.memory cimport RingMemory
+from qtfs_common.spinning cimport SPIN_CAP_US, move_away, spin_begin, spin_shares, spin_turn
+from qtfs_common.transport cimport WAIT_READABLE, WAIT_WRITABLE, channel, lend_buffers, message, now_us, park, socket_channel_init
 from qtfs_server.connection cimport STATE_EVENT, STATE_GREETED, STATE_NEW, STATE_SLOT, STATE_TRUSTED, connection
 from qtfs_server.dispatch cimport SLOT_BUSY, abandon_in_slot, execute_in_slot, is_errand, settle_in_slot
 from qtfs_server.event_channel cimport abandon_all, answer_wait, let_all_go, open_events, serve_event
@@ -53,6 +56,7 @@ cdef extern from "<sys/epoll.h>" nogil:
         EPOLLEXCLUSIVE
         EPOLL_CTL_ADD
         EPOLL_CTL_MOD
+        EPOLL_CTL_DEL
         EPOLL_CLOEXEC
     ctypedef union epoll_data_t:
         void *ptr
@@ -74,22 +78,7 @@ cdef extern from "<sys/socket.h>" nogil:
         SOCK_NONBLOCK
         SHUT_RD
         SHUT_RDWR
-        MSG_NOSIGNAL
     int accept4(int, void *, void *, int)
-    int shutdown(int, int)
-    ssize_t send(int, const void *, size_t, int)
-
-cdef extern from "<poll.h>" nogil:
-    struct pollfd:
-        int fd
-        short events
-        short revents
-    enum:
-        POLLOUT
-    int poll(pollfd *, unsigned long, int)
-
-cdef extern from "<sched.h>" nogil:
-    int sched_yield()
 
 cdef extern from "<unistd.h>" nogil:
     ssize_t write(int, const void *, size_t)
@@ -97,11 +86,12 @@ cdef extern from "<unistd.h>" nogil:
 
 cdef enum:
     SPIN_US = 200                   # how long to look for the next request; below 100 it costs more than it gains
+    SHARED_TURNS = 64               # until we look for another processor; a client moves sooner, and may have to
     SPIN_CREDIT = 16                # fruitless spins until a worker stops spinning for a while
     PARTIAL_WAIT_US = 10000         # how long workers wait for the rest of a message that is on its way
     EXECUTING_POLL_US = 1000
     UNATTACHED_TIMEOUT_US = 60000000
-    ERRAND_SEND_TIMEOUT_MS = 5000   # whose client does not read its answer is cut
+    ERRAND_SEND_TIMEOUT_US = 5000000   # whose client does not read its answer is cut
 
 log = logging.getLogger(__name__)
 
@@ -115,16 +105,19 @@ pthread_mutex_init(&_connections_guard, NULL)
 
 # ---- life of a connection ------------------------------------------------------------------------------------------
 
-cdef connection *_connection_new(int fd, bint needs_authentication) noexcept nogil:
+cdef connection *_connection_new(int fd, const listener *from_) noexcept nogil:
     """A connection for an accepted socket, listed; NULL without memory."""
     global _connections
     cdef connection *c = <connection *>calloc(1, sizeof(connection))
     if c == NULL:
         return NULL
     c.kind = SOURCE_CONNECTION
-    c.needs_authentication = needs_authentication
+    c.needs_authentication = from_.needs_authentication
     c.since_us = now_us()
-    socket_channel_init(&c.ch, fd)
+    if from_.memory != NULL:
+        greeter_init(&c.ch, fd, from_.memory)
+    else:
+        socket_channel_init(&c.ch, fd)
     pthread_mutex_lock(&_connections_guard)
     c.next = _connections
     if _connections != NULL:
@@ -180,11 +173,12 @@ cdef void _connection_free(connection *c) noexcept nogil:
 
 cdef int _serve_slot(Server server, worker *w, connection *c, const message *msg) noexcept nogil:
     """One request of a slot channel. 0, -EAGAIN (the reply is not all gone yet), HANDED_OVER or another -errno."""
-    cdef uint8_t *out = c.ch.ops.reserve(&c.ch, BUFFER_BYTES)
+    cdef size_t room = min(<size_t>BUFFER_BYTES, <size_t>c.ch.largest)
+    cdef uint8_t *out = c.ch.ops.reserve(&c.ch, room, msg.head.op == OP_READ)
     cdef size_t size = 0
     cdef int result = SLOT_BUSY
     while True:
-        result = execute_in_slot(c.s, c.slot, &w.me, w.scratch, &w.count, msg, out, BUFFER_BYTES, &size)
+        result = execute_in_slot(c.s, c.slot, &w.me, w.scratch, &w.count, msg, out, room, &size)
         if result != SLOT_BUSY or c.s.slot_table[c.slot].connection != c:
             break
         if is_errand(msg.head.op) and _join(server, c, msg) == HANDED_OVER:
@@ -195,6 +189,7 @@ cdef int _serve_slot(Server server, worker *w, connection *c, const message *msg
             return server._new_errand(c, msg)
     if result < 0:
         return -EPROTO
+    c.ch.ops.release(&c.ch)
     return c.ch.ops.commit(&c.ch, size, NULL, 0)
 
 
@@ -217,14 +212,16 @@ cdef bint _may_spin(worker *w) noexcept nogil:
 
 cdef int _spin(worker *w, connection *c, message *msg) noexcept nogil:
     """Look for the next request for a while; the result of the last receive."""
-    cdef int64_t deadline
+    cdef int64_t now = now_us()
+    cdef int64_t deadline = now + SPIN_CAP_US
     cdef int found = 0
-    if not _may_spin(w):
+    if not spin_begin(&w.spinner, now) or not _may_spin(w):
         return 0
-    deadline = now_us() + SPIN_US
-    while found == 0 and now_us() < deadline:
-        sched_yield()               # somebody else's turn comes first
+    while found == 0 and w.spinner.spent_us < SPIN_US and now < deadline:
+        now = spin_turn(&w.spinner, now)
         found = c.ch.ops.receive(&c.ch, msg)
+    if spin_shares(&w.spinner, SHARED_TURNS, now):
+        move_away()
     atomic_add_int(&_spinning, -1)
     if found == 1:
         w.spin_credit = SPIN_CREDIT
@@ -291,6 +288,10 @@ cdef int _serve(Server server, worker *w, connection *c) noexcept nogil:
 
 cdef void _arm(Server server, connection *c, uint32_t events, int how) noexcept nogil:
     cdef epoll_event event
+    if c.ch.ops.doze(&c.ch, WAIT_READABLE if events & EPOLLIN else WAIT_WRITABLE):
+        events |= EPOLLOUT          # it is there already: the descriptor can always be written to, so it wakes at once
+    elif c.ch.ring != NULL:
+        events = EPOLLIN
     # Who waits for room must not wake for a peer that has shut its side: that would never end.
     event.events = events | EPOLLONESHOT | (EPOLLRDHUP if events & EPOLLIN else 0)
     event.data.ptr = c
@@ -299,6 +300,7 @@ cdef void _arm(Server server, connection *c, uint32_t events, int how) noexcept 
 
 cdef void _serve_connection(Server server, worker *w, connection *c) noexcept nogil:
     cdef int result
+    c.ch.ops.wake(&c.ch)
     lend_buffers(&c.ch, w.inbox, BUFFER_BYTES, w.outbox, BUFFER_BYTES)
     result = _serve(server, w, c)
     if result == HANDED_OVER:
@@ -325,7 +327,7 @@ cdef void _accept(Server server, listener *from_) noexcept nogil:
         return
     with gil:
         _tune(fd)
-    c = _connection_new(fd, from_.needs_authentication)
+    c = _connection_new(fd, from_)
     if c == NULL:
         close(fd)
     else:
@@ -380,21 +382,15 @@ class Refused(Exception):
         self.body = body
 
 
-cdef bint _send_all(int fd, const uint8_t *data, size_t size) noexcept nogil:
+cdef bint _send_all(channel *ch, const uint8_t *data, size_t size) noexcept nogil:
     """Send a message whole from a thread that may wait; False if the peer does not take it."""
-    cdef pollfd writable
     cdef ssize_t sent
     while size > 0:
-        sent = send(fd, data, size, MSG_NOSIGNAL)
+        sent = ch.ops.put(ch, data, size)
         if sent > 0:
             data += sent
             size -= sent
-            continue
-        if errno == EINTR:
-            continue
-        writable.fd = fd
-        writable.events = POLLOUT
-        if errno != EAGAIN or poll(&writable, 1, ERRAND_SEND_TIMEOUT_MS) <= 0:
+        elif sent != -EAGAIN or not ch.ops.wait(ch, WAIT_WRITABLE, -1, ERRAND_SEND_TIMEOUT_US):
             return False
     return True
 
@@ -454,8 +450,8 @@ cdef class Errand:
         cdef const uint8_t *data = <const uint8_t *><const char *>self.reply
         cdef size_t size = len(self.reply)
         with nogil:
-            if size == 0 or not _send_all(c.ch.fd, data, size):
-                shutdown(c.ch.fd, SHUT_RDWR)
+            if size == 0 or not _send_all(&c.ch, data, size):
+                c.ch.ops.cut(&c.ch, SHUT_RDWR)
             _arm(self.server, c, EPOLLIN, EPOLL_CTL_MOD)
         return 0
 
@@ -496,20 +492,35 @@ cdef class Server:
         event.data.ptr = &self.stop_source
         epoll_ctl(self.epoll_fd, EPOLL_CTL_ADD, self.stop_fd, &event)
 
-    def listen(self, int fd, bint needs_authentication) -> None:
-        """Serve connections of a listening, non-blocking socket, which stays the caller's."""
+    def listen(self, int fd, bint needs_authentication, RingMemory memory=None) -> None:
+        """Serve connections of a listening, non-blocking socket, which stays the caller's.
+
+        `memory`: the socket is its bell, and what connects there names a channel. It must outlive the server.
+        """
         cdef epoll_event event
-        cdef listener *added = &self.listeners[self.listener_count]
-        if self.listener_count == 64:
+        cdef listener *added = NULL
+        cdef int i
+        for i in range(64):
+            if added == NULL and self.listeners[i].kind != SOURCE_LISTENER:
+                added = &self.listeners[i]
+        if added == NULL:
             raise ValueError("at most 64 addresses")
-        self.listener_count += 1
         added.kind = SOURCE_LISTENER
         added.fd = fd
         added.needs_authentication = needs_authentication
+        added.memory = &memory.m if memory is not None else NULL
         event.events = EPOLLIN | EPOLLEXCLUSIVE
         event.data.ptr = added
         if epoll_ctl(self.epoll_fd, EPOLL_CTL_ADD, fd, &event) < 0:
             raise OSError(errno, os.strerror(errno))
+
+    def deafen(self, int fd) -> None:
+        """Stop listening on a socket; who is connected stays."""
+        cdef int i
+        epoll_ctl(self.epoll_fd, EPOLL_CTL_DEL, fd, NULL)
+        for i in range(64):
+            if self.listeners[i].kind == SOURCE_LISTENER and self.listeners[i].fd == fd:
+                self.listeners[i].kind = 0
 
     def work(self) -> None:
         """Body of a worker thread; returns after `stop`."""
@@ -592,7 +603,7 @@ cdef class Server:
         if magic != HELLO_MAGIC:
             raise Refused(EPROTO)
         server_nonce = auth.new_nonce()
-        welcome = struct.pack("<HHIII32s", PROTOCOL_VERSION, c.needs_authentication, 0, MAX_PAYLOAD, MAX_SLOTS, server_nonce)
+        welcome = struct.pack("<HHIII32s", PROTOCOL_VERSION, c.needs_authentication, 0, _max_payload(c), MAX_SLOTS, server_nonce)
         memcpy(c.client_nonce, <const char *>nonce, NONCE_BYTES)
         memcpy(c.server_nonce, <const char *>server_nonce, NONCE_BYTES)
         if not oldest <= PROTOCOL_VERSION <= newest:
@@ -661,7 +672,7 @@ cdef class Server:
         if slot != EVENT_SLOT:
             s.slot_table[slot].connection = c   # the event channel follows once it has its reply, open_events
         if older != NULL:
-            shutdown(older.ch.fd, SHUT_RDWR)
+            older.ch.ops.cut(&older.ch, SHUT_RDWR)
         s.connections += 1
         c.s = s
         c.state = STATE_EVENT if slot == EVENT_SLOT else STATE_SLOT
@@ -680,7 +691,7 @@ cdef class Server:
         for slot in range(s.slots + 1):
             c = <connection *>(s.event if slot == s.slots else s.slot_table[slot].connection)
             if c != NULL:
-                shutdown(c.ch.fd, SHUT_RD if c == asking else SHUT_RDWR)
+                c.ch.ops.cut(&c.ch, SHUT_RD if c == asking else SHUT_RDWR)
         pthread_mutex_unlock(&s.guard)
         self.carrier.session_ended(s.id)
         with nogil:
@@ -750,7 +761,7 @@ cdef class Server:
         c = _connections
         while c != NULL:
             if c.state < STATE_SLOT and now - c.since_us > UNATTACHED_TIMEOUT_US:
-                shutdown(c.ch.fd, SHUT_RDWR)
+                c.ch.ops.cut(&c.ch, SHUT_RDWR)
             c = c.next
         pthread_mutex_unlock(&_connections_guard)
 
@@ -779,10 +790,15 @@ cdef class Server:
                 "sessions": sessions, "connections": _connection_count, "descriptors": descriptors_module.descriptors}
 
 
+cdef uint32_t _max_payload(const connection *c) noexcept:
+    """The longest READ or WRITE that the connection can carry, in whole pages."""
+    return min(<uint32_t>MAX_PAYLOAD, (c.ch.largest - (MAX_MESSAGE - MAX_PAYLOAD)) & ~<uint32_t>4095)
+
+
 cdef int _reply(connection *c, uint16_t op, uint64_t tag, int error, bytes body) except -2:
     """Send the reply of a session message: 0, -EAGAIN or another -errno."""
     cdef bytes whole = struct.pack("<IHHiIQQ", sizeof(header) + len(body), op, MESSAGE_REPLY, error, 0, 0, tag) + body
-    cdef uint8_t *room = c.ch.ops.reserve(&c.ch, len(whole))
+    cdef uint8_t *room = c.ch.ops.reserve(&c.ch, len(whole), False)
     if room == NULL:
         return -EPROTO
     memcpy(room, <const char *>whole, len(whole))

@@ -2,6 +2,7 @@
 from libc.stdint cimport uint8_t
 
 from qtfs_common.protocol cimport MAX_MESSAGE
+from qtfs_common.spinning cimport spinner
 from qtfs_server.dispatch cimport counters
 from qtfs_server.identity cimport identity
 
@@ -14,4 +15,5 @@ cdef struct worker:
     uint8_t *outbox
     uint8_t *scratch
     counters count
+    spinner spinner
     int spin_credit                 # positive while spinning pays

@@ -4,7 +4,8 @@ FIFOs and devices branch off to streams.pyx.
 
 Sources: open(2), openat(2), pread(2), copy_file_range(2), fallocate(2), ioctl_iflags(2), <linux/fs.h>.
 """
-from libc.errno cimport EACCES, EAGAIN, EBADF, EEXIST, EINVAL, EISDIR, ELOOP, ENOENT, ENOTTY, EROFS, ESPIPE, ESRCH, ESTALE, errno
+from libc.errno cimport EACCES, EAGAIN, EBADF, EEXIST, EINVAL, EISDIR, ELOOP, EMSGSIZE, ENOENT, ENOTTY, EROFS, \
+    ESPIPE, ESRCH, ESTALE, errno
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
@@ -189,7 +190,7 @@ cdef int _open_existing(request *r, node *parent, const char *name, size_t name_
     """CREATE of a name that another machine made first: open what is there, if it is a regular file."""
     cdef create_request *body = <create_request *>r.body
     cdef node *n = NULL
-    cdef int error = node_enter(r.s, parent, name, name_bytes, &out.made)
+    cdef int error = node_enter(r.s, parent, name, name_bytes, False, &out.made)
     act_as_root(r.me)
     if error == 0:
         error = node_pin(r.s, out.made.node, &n)
@@ -293,6 +294,8 @@ cdef int op_read(request *r) noexcept nogil:
     error = node_allowed(h.node, h.fd, ALLOW_READ)
     if error == 0 and h.flags & HANDLE_STREAM:
         error = read_stream(r, h, body)
+    elif error == 0 and body.size > r.reply_room:
+        error = -EMSGSIZE
     elif error == 0:
         got = _read(h, r.reply, body.size, body.offset)
         error = -errno if got < 0 else 0
@@ -327,11 +330,15 @@ cdef ssize_t _write(const handle *h, uint8_t *data, const write_request *body) n
 
 cdef int op_write(request *r) noexcept nogil:
     """WRITE: write_request, data → count_reply."""
-    cdef write_request *body = <write_request *>r.body
+    cdef write_request copy         # the message may lie in memory that the peer can still write to
+    cdef write_request *body = &copy
     cdef handle *h = NULL
     cdef ssize_t done
     cdef int error
-    if r.body_bytes < sizeof(write_request) or r.body_bytes != sizeof(write_request) + <size_t>body.size:
+    if r.body_bytes < sizeof(write_request):
+        return MALFORMED
+    memcpy(body, r.body, sizeof(write_request))
+    if r.body_bytes != sizeof(write_request) + <size_t>body.size:
         return MALFORMED
     error = handle_pin(r.s, body.handle, &h)
     if error < 0:

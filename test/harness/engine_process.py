@@ -33,7 +33,9 @@ OBSERVED = CHECKOUT / "test/harness/observed_engine.py"
 READY = re.compile(r"^qtfs engine: listening on (.+)\n", re.MULTILINE)
 START_TIMEOUT_S = 20.0
 STOP_TIMEOUT_S = 20.0
+#: Those whose messages go by a socket; and all that mounts are tested over.
 TRANSPORTS = ("unix", "tcp")
+ALL_TRANSPORTS = (*TRANSPORTS, "shm")
 #: Whitelist types whose entries are paths that an engine checks.
 PATH_TYPES = tuple(t for t in Type if t not in (Type.KILL, Type.UDSCONNECT))
 Rules: TypeAlias = dict[Type, Sequence[str | os.PathLike[str]]]
@@ -80,7 +82,11 @@ class EngineProcess:
         self.whitelist = area / "whitelist"
         self.special = area / "special.toml"
         self.log_path = area / "engine.log"
-        self.listen = f"unix://{area}/engine.sock" if transport == "unix" else "tcp://127.0.0.1:0"
+        self.listen = {
+            "unix": f"unix://{area}/engine.sock",
+            "tcp": "tcp://127.0.0.1:0",
+            "shm": f"shm://{area}/engine.bar",
+        }[transport]
         self.workers = workers
         self.arguments = arguments
         self.process: subprocess.Popen[bytes] | None = None

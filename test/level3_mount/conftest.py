@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator
 
 import pytest
-from harness.engine_process import TRANSPORTS, EngineProcess
+from harness.engine_process import ALL_TRANSPORTS, EngineProcess
 from harness.mounts import MountProcess
 from harness.waiting import wait_until
 from places import KINDS, Kind, Place
@@ -17,10 +18,12 @@ pytest.register_assert_rewrite("kit", "llfuse_limits")
 @pytest.fixture(scope="session")
 def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, EngineProcess]]:
     """An engine of each transport; when all mounts are gone, nothing may be left in it."""
-    unix, tcp = (EngineProcess(tmp_path_factory.mktemp(f"mounts-{name}"), name, workers=8) for name in TRANSPORTS)
-    with unix.running(), tcp.running():
-        yield {"unix": unix, "tcp": tcp}
-        for engine in (unix, tcp):
+    made = {name: EngineProcess(tmp_path_factory.mktemp(f"mounts-{name}"), name, workers=8) for name in ALL_TRANSPORTS}
+    with contextlib.ExitStack() as stack:
+        for engine in made.values():
+            stack.enter_context(engine.running())
+        yield made
+        for engine in made.values():
             wait_until(engine.is_idle, f"the engine to let everything go; it has {engine.figures()}")
 
 

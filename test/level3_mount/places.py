@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.engine_process import TRANSPORTS, EngineProcess
+from harness.engine_process import ALL_TRANSPORTS, EngineProcess
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class Kind:
 
 
 KINDS = [
-    *(Kind("fuse3", transport, cache) for transport in TRANSPORTS for cache in ("auto", "none")),
-    *(Kind("llfuse", transport, "auto") for transport in TRANSPORTS),
+    *(Kind("fuse3", transport, cache) for transport in ALL_TRANSPORTS for cache in ("auto", "none")),
+    *(Kind("llfuse", transport, "auto") for transport in ALL_TRANSPORTS),
 ]
 
 

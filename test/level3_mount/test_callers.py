@@ -14,7 +14,7 @@ SPIN_S = 0.3
 
 
 def _spin_and_open(fifo: Path) -> None:
-    """What a caller looks like that lost its processor before it fell asleep: it runs, then it sleeps in open(2)."""
+    """As a caller that lost its processor before it fell asleep: it runs, and then it sleeps in open(2)."""
     end = time.monotonic() + SPIN_S
     while time.monotonic() < end:
         pass

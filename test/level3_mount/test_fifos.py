@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 import scenarios_streams
-from harness.engine_process import TRANSPORTS, EngineProcess
+from harness.engine_process import EngineProcess
 from harness.mounts import MountProcess
 from harness.waiting import wait_until
 from kit import in_child
 
 pytestmark = pytest.mark.root
 
-KINDS = [(transport, cache) for transport in TRANSPORTS for cache in ("auto", "none")]
+KINDS = [("unix", "auto"), ("unix", "none"), ("tcp", "none"), ("shm", "auto")]
 
 
 @pytest.fixture(scope="module", params=KINDS, ids="-".join)

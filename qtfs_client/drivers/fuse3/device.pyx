@@ -6,7 +6,7 @@ from libc.errno cimport EAGAIN, EINTR, EIO, ENOENT, EPROTO, EPROTONOSUPPORT, err
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
-from qtfs_client.drivers.fuse3.state cimport CACHE_ALWAYS, CACHE_NONE, REQUEST_PAYLOAD, mount_state, worker
+from qtfs_client.drivers.fuse3.state cimport CACHE_ALWAYS, CACHE_NONE, mount_state, worker
 from qtfs_client.includes.fuse_abi cimport FUSE_ASYNC_DIO, FUSE_ASYNC_READ, FUSE_ATOMIC_O_TRUNC, FUSE_AUTO_INVAL_DATA, \
     FUSE_BIG_WRITES, FUSE_CACHE_SYMLINKS, FUSE_DIRECT_IO_ALLOW_MMAP, FUSE_DO_READDIRPLUS, FUSE_DONT_MASK, \
     FUSE_FLOCK_LOCKS, FUSE_HANDLE_KILLPRIV_V2, FUSE_HAS_IOCTL_DIR, FUSE_INIT, FUSE_INIT_EXT, FUSE_MAJOR, FUSE_MAX_PAGES, \
@@ -128,9 +128,9 @@ cdef void _agree(mount_state *m, const fuse_init_in *asked, fuse_init_out *out) 
     out.flags2 = offered2 & FUSE_DIRECT_IO_ALLOW_MMAP
     out.max_background = MAX_BACKGROUND
     out.congestion_threshold = CONGESTION
-    out.max_write = REQUEST_PAYLOAD if out.flags & FUSE_MAX_PAGES else 32 * PAGE_BYTES
+    out.max_write = m.max_payload if out.flags & FUSE_MAX_PAGES else 32 * PAGE_BYTES
     out.time_gran = 1
-    out.max_pages = <uint16_t>(REQUEST_PAYLOAD // sysconf(_SC_PAGESIZE))
+    out.max_pages = <uint16_t>(m.max_payload // sysconf(_SC_PAGESIZE))
     m.direct_mmap = out.flags2 & FUSE_DIRECT_IO_ALLOW_MMAP
     m.setxattr_ext = out.flags & FUSE_SETXATTR_EXT
 

@@ -91,13 +91,14 @@ class Fuse3Driver:
     def mount(self) -> None:
         """Attach the file system to the mount point and agree with the kernel on the protocol. Raises MountError."""
         options = self._options
-        wanted = [*mount_options(options), f"max_read={options.max_read}"]
+        wanted = [*mount_options(options), f"max_read={min(options.max_read, self._ticket.max_payload)}"]
         self._attached = FuseMount(options.mountpoint, wanted)
         self._mount = Mount(
             self._attached.device(),
             cache=options.cache,
             channels=self._ticket.slots - (1 if options.propagate and not self._is_child else 0),
             timeout_s=options.timeout_s,
+            max_payload=self._ticket.max_payload,
             neighbour=self._engine.address.is_loopback,
             owner=os.getuid() if options.allow_root else None,
             special_remote=options.special == "remote",

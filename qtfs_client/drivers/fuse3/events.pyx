@@ -57,7 +57,7 @@ cdef void _lose(mount_state *m) noexcept nogil:
 cdef uint8_t *_begin(mount_state *m, size_t size) noexcept nogil:
     """Room for a message. It will tell the server how far we are."""
     m.event_unconfirmed = 0
-    return m.event.ch.ops.reserve(m.event.ch, size)
+    return m.event.ch.ops.reserve(m.event.ch, size, False)
 
 
 cdef size_t _put_short(mount_state *m, uint16_t op, uint64_t tag) noexcept nogil:

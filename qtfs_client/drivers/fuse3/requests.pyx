@@ -50,7 +50,7 @@ cdef uint8_t *begin(worker *w, uint16_t op, size_t body_bytes, bint with_groups,
     w.payload = NULL
     w.payload_bytes = 0
     w.message_bytes = sizeof(header) + sizeof(caller) + groups_bytes(ngroups) + body_bytes
-    w.room = w.link.ch.ops.reserve(w.link.ch, w.message_bytes)
+    w.room = w.link.ch.ops.reserve(w.link.ch, w.message_bytes, False)
     if w.room == NULL:
         return NULL
     _fill_header(w, op)

@@ -1,0 +1,1 @@
+"""Rings in memory that two machines or processes share: the transports pcie:// and shm://, see doc/rings.md."""

@@ -1,0 +1,82 @@
+/* SIGBUS in shared memory: a BAR whose device went away, or a file that somebody cut short.
+ *
+ * The handler puts fresh memory in place of the whole mapping and marks it lost, so that the access that failed goes on with
+ * zeros; whoever works there finds the mark, or nonsense, and gives the channel up. Any other SIGBUS ends the process as
+ * ever. mmap(2) is not on signal-safety(7)'s list, but it is a bare system call.
+ */
+#ifndef QTFS_BUS_ERROR_H
+#define QTFS_BUS_ERROR_H
+
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include <errno.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdint.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#define BUS_REGIONS 256
+
+struct bus_region {
+    uintptr_t begin; /* 0: free */
+    size_t bytes;
+    int32_t *lost;
+};
+
+static struct bus_region bus_regions[BUS_REGIONS];
+static struct sigaction bus_previous;
+static pthread_mutex_t bus_guard = PTHREAD_MUTEX_INITIALIZER;
+static int bus_installed;
+
+static void bus_handler(int number, siginfo_t *info, void *context)
+{
+    int saved = errno;
+    uintptr_t at = (uintptr_t)info->si_addr;
+    (void)context;
+    for (int i = 0; i < BUS_REGIONS && info->si_code > 0; i++) {
+        uintptr_t begin = __atomic_load_n(&bus_regions[i].begin, __ATOMIC_ACQUIRE);
+        if (begin == 0 || at < begin || at - begin >= bus_regions[i].bytes)
+            continue;
+        if (mmap((void *)begin, bus_regions[i].bytes, PROT_READ | PROT_WRITE,
+                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0) == MAP_FAILED)
+            break;
+        __atomic_store_n(bus_regions[i].lost, 1, __ATOMIC_RELEASE);
+        errno = saved;
+        return;
+    }
+    sigaction(number, &bus_previous, NULL); /* and the instruction faults again */
+    errno = saved;
+}
+
+/* Watch over a mapping; its index, or -1. */
+static int bus_watch(void *begin, size_t bytes, int32_t *lost)
+{
+    struct sigaction action;
+    int index = -1;
+    pthread_mutex_lock(&bus_guard);
+    if (!bus_installed) {
+        memset(&action, 0, sizeof(action));
+        action.sa_sigaction = bus_handler;
+        action.sa_flags = SA_SIGINFO | SA_ONSTACK;
+        bus_installed = sigaction(SIGBUS, &action, &bus_previous) == 0;
+    }
+    for (int i = 0; i < BUS_REGIONS && bus_installed && index < 0; i++)
+        if (bus_regions[i].begin == 0)
+            index = i;
+    if (index >= 0) {
+        bus_regions[index].bytes = bytes;
+        bus_regions[index].lost = lost;
+        __atomic_store_n(&bus_regions[index].begin, (uintptr_t)begin, __ATOMIC_RELEASE);
+    }
+    pthread_mutex_unlock(&bus_guard);
+    return index;
+}
+
+static void bus_unwatch(int index)
+{
+    __atomic_store_n(&bus_regions[index].begin, 0, __ATOMIC_RELEASE);
+}
+
+#endif

@@ -1,0 +1,163 @@
+"""Mapping a BAR or a file that the other side maps too; the engine lays it out, a client finds its way in it.
+
+Sources: Documentation/PCI/sysfs-pci.rst, mmap(2), sigaction(2).
+"""
+from libc.errno cimport errno
+from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
+from libc.string cimport memcpy, memset
+
+from qtfs_common.rings.layout cimport RING_CHANNELS, RING_LINE_BYTES, RING_LINES_AT, RING_MAGIC, RING_VERSION, \
+    ring_control, ring_line
+
+import mmap
+import os
+
+from qtfs_common.rings.geometry import Geometry
+
+cdef extern from "<sys/mman.h>" nogil:
+    enum:
+        PROT_READ
+        PROT_WRITE
+        MAP_SHARED
+    void *MAP_FAILED
+    void *c_mmap "mmap"(void *, size_t, int, int, int, long)
+    int munmap(void *, size_t)
+
+cdef extern from "qtfs_common/rings/bus_error.h" nogil:
+    int bus_watch(void *, size_t, int32_t *)
+    void bus_unwatch(int)
+
+cdef extern from * nogil:
+    int load_int "__atomic_load_n"(const int32_t *, int)
+    enum:
+        __ATOMIC_ACQUIRE
+
+
+# ---- where things lie ------------------------------------------------------------------------------------------------
+
+cdef ring_control *control(const ring_memory *m) noexcept nogil:
+    return <ring_control *>m.base
+
+
+cdef ring_line *client_line(const ring_memory *m, uint32_t channel) noexcept nogil:
+    return <ring_line *>(m.base + RING_LINES_AT + 2 * channel * RING_LINE_BYTES)
+
+
+cdef ring_line *engine_line(const ring_memory *m, uint32_t channel) noexcept nogil:
+    return <ring_line *>(m.base + RING_LINES_AT + (2 * channel + 1) * RING_LINE_BYTES)
+
+
+cdef uint8_t *request_area(const ring_memory *m, uint32_t channel) noexcept nogil:
+    return m.base + m.areas_at + channel * (m.request_bytes + m.reply_bytes)
+
+
+cdef uint8_t *reply_area(const ring_memory *m, uint32_t channel) noexcept nogil:
+    return request_area(m, channel) + m.request_bytes
+
+
+cdef bint is_lost(const ring_memory *m) noexcept nogil:
+    return load_int(&m.lost, __ATOMIC_ACQUIRE) != 0
+
+
+# ---- for Python ------------------------------------------------------------------------------------------------------
+
+cdef class RingMemory:
+    """The mapping. What is in it must not be used before `lay_out` or `read_layout`; it lasts as long as the object."""
+
+    def __cinit__(self):
+        memset(&self.m, 0, sizeof(self.m))
+        self.region = -1
+
+    def __init__(self, int fd) -> None:
+        """Map the whole of a file or BAR; the descriptor stays the caller's. Raises OSError."""
+        cdef size_t size = os.fstat(fd).st_size & ~(<size_t>mmap.PAGESIZE - 1)
+        cdef void *base = c_mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0)
+        if base == MAP_FAILED:
+            raise OSError(errno, os.strerror(errno))
+        self.m.base = <uint8_t *>base
+        self.m.bytes = size
+        self.region = bus_watch(base, size, &self.m.lost)
+        if self.region < 0:
+            raise OSError("too many mappings of shared memory")
+
+    def __dealloc__(self):
+        if self.region >= 0:
+            bus_unwatch(self.region)
+        if self.m.base != NULL:
+            munmap(self.m.base, self.m.bytes)
+
+    @property
+    def size(self) -> int:
+        """Bytes that are mapped."""
+        return self.m.bytes
+
+    @property
+    def lost(self) -> bool:
+        """Whether the memory was taken away, and this is something else now."""
+        return is_lost(&self.m)
+
+    @property
+    def users(self) -> int:
+        """Channels that work in it."""
+        return self.m.users
+
+    @property
+    def channels(self) -> int:
+        """How many it is laid out for."""
+        return self.m.channels
+
+    @property
+    def instance(self) -> int:
+        """Of the engine that laid it out."""
+        return self.m.instance
+
+    def owner(self) -> tuple[int, int, int, bytes]:
+        """(magic, version, instance, boot id) as they stand there now."""
+        cdef ring_control *c = control(&self.m)
+        return c.magic, c.version, ring_load(&c.instance), c.boot[:16]
+
+    def pulse(self) -> int:
+        """The engine's beat."""
+        return ring_load(&control(&self.m).beat)
+
+    def _adopt(self, geometry) -> None:
+        self.m.channels = geometry.channels
+        self.m.request_bytes = geometry.request_bytes
+        self.m.reply_bytes = geometry.reply_bytes
+        self.m.areas_at = geometry.areas_at
+
+    def lay_out(self, geometry, uint64_t instance, bytes boot not None) -> None:
+        """As the engine: write the control block and the engine's lines. `boot`: 16 bytes. Raises ValueError."""
+        cdef ring_control *c = control(&self.m)
+        cdef uint32_t channel
+        geometry.check(self.m.bytes)
+        ring_publish(&c.instance, 0)
+        self._adopt(geometry)
+        for channel in range(<uint32_t>RING_CHANNELS):
+            if channel < self.m.channels:
+                memset(engine_line(&self.m, channel), 0, sizeof(ring_line))
+        c.version = RING_VERSION
+        c.channels = geometry.channels
+        c.request_bytes = geometry.request_bytes
+        c.reply_bytes = geometry.reply_bytes
+        c.areas_at = geometry.areas_at
+        c.total_bytes = geometry.total_bytes
+        memcpy(c.boot, <const char *>boot, 16)
+        ring_publish(&c.magic, RING_MAGIC)
+        self.m.instance = instance
+        ring_publish(&c.instance, instance)
+
+    def leave(self) -> None:
+        """As the engine: say that nobody serves here any more."""
+        ring_publish(&control(&self.m).instance, 0)
+
+    def read_layout(self) -> Geometry:
+        """As a client: take the layout over, once and for all. Raises ValueError: it does not fit the memory."""
+        cdef ring_control copy = control(&self.m)[0]
+        geometry = Geometry(copy.channels, copy.request_bytes, copy.reply_bytes)
+        geometry.check(self.m.bytes)
+        if copy.areas_at != geometry.areas_at:
+            raise ValueError("the areas do not lie where they should")
+        self._adopt(geometry)
+        self.m.instance = copy.instance
+        return geometry

@@ -1,0 +1,248 @@
+"""Opening shared memory: finding and mapping a BAR or file, and a client's way to a channel of it.
+
+Channels are taken by locks on the file (open file description locks, fcntl(2)), a byte each, which die with their
+process.
+Sources: Documentation/PCI/sysfs-pci.rst, fcntl(2), proc_sys_kernel(5).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import secrets
+import socket
+import stat
+import struct
+import threading
+import time
+import weakref
+from pathlib import Path
+
+from qtfs_common.addresses import PcieAddress, ShmAddress
+from qtfs_common.errors import ConnectError
+from qtfs_common.rings.channel import RingConnection
+from qtfs_common.rings.link import Link
+from qtfs_common.rings.memory import RingMemory
+
+MAGIC = int.from_bytes(b"QTFSRING", "little")
+VERSION = 1
+BELL_SOCKET = 1
+BELL_LINK = 2
+#: The engine's lock; a channel's is so many bytes further on.
+ENGINE_LOCK_AT = 0
+CHANNEL_LOCKS_AT = 1
+#: struct bell_greeting: magic, channel, epoch, instance.
+GREETING = struct.Struct("<IIQQ")
+_BELL_MAGIC = int.from_bytes(b"BELL", "little")
+_LINK_PERIOD_S = 0.05
+#: How often an engine's beat is looked at, and how long one that stands still is given.
+_BEAT_PERIOD_S = 0.05
+_BEAT_PATIENCE_S = 1.0
+_BUSY_DELAY_S = 0.02
+
+RingAddress = PcieAddress | ShmAddress
+
+
+def bell_path(address: ShmAddress) -> str:
+    """The socket that an engine listens on for the clients of its own machine."""
+    return address.path + ".bell"
+
+
+def greeting(channel: int, epoch: int, instance: int) -> bytes:
+    """What is said first on the bell socket."""
+    return GREETING.pack(_BELL_MAGIC, channel, epoch, instance)
+
+
+def boot_id() -> bytes:
+    """Which machine, and which start of it, this is: 16 bytes."""
+    return bytes.fromhex(Path("/proc/sys/kernel/random/boot_id").read_text().strip().replace("-", ""))
+
+
+def open_memory(address: RingAddress, *, create: bool = False) -> int:
+    """A descriptor of the file to map, or of the BAR, write-combining if there is that. Raises OSError."""
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+    if isinstance(address, ShmAddress):
+        fd = os.open(address.path, flags | (os.O_CREAT if create else 0), 0o600)
+    else:
+        try:
+            fd = os.open(address.sysfs_path + "_wc", flags)
+        except FileNotFoundError:
+            fd = os.open(address.sysfs_path, flags)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "not a regular file")
+    return fd
+
+
+def lock_byte(fd: int, at: int) -> bool:
+    """Take one byte's lock for this open file description; False if somebody else has it."""
+    # struct flock: l_type, l_whence, l_start, l_len, l_pid
+    request = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, at, 1, 0)
+    try:
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, request)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            return False
+        raise
+    return True
+
+
+# ---------------------------------------------------------------------------------------------------------- connecting
+
+
+def connect_ring(address: RingAddress, timeout_s: float) -> RingConnection:
+    """Claim a channel and have the engine take it up. Raises ConnectError."""
+    deadline = time.monotonic() + timeout_s
+    try:
+        shared = _shared(address)
+        while True:
+            connection = shared.connect(deadline)
+            if connection is not None:
+                return connection
+            if time.monotonic() > deadline:
+                raise ConnectError(f"cannot connect to {address}: timed out", errno.ETIMEDOUT)
+            time.sleep(_BUSY_DELAY_S)
+    except OSError as error:
+        raise ConnectError(f"cannot connect to {address}: {error.strerror or error}", error.errno or 0) from error
+
+
+class _Shared:
+    """One mapping of this process, for all its channels in it, and the link if the engine is on another machine."""
+
+    def __init__(self, address: RingAddress, fd: int) -> None:
+        self.address = address
+        found = os.fstat(fd)
+        self.identity = (found.st_dev, found.st_ino, found.st_size)
+        self.memory = RingMemory(fd)
+        self._check()
+        self._link: Link | None = None
+        self._guard = threading.Lock()
+
+    def _fail(self, why: str, number: int) -> ConnectError:
+        return ConnectError(f"cannot connect to {self.address}: {why}", number)
+
+    def _check(self) -> None:
+        """See that an engine has laid the memory out, in a way that we know and that fits."""
+        if self.memory.size < GREETING.size or self.memory.size < 4096:
+            raise self._fail(f"it is too small ({self.memory.size} bytes)", errno.EINVAL)
+        magic, version, instance, self.boot = self.memory.owner()
+        if magic != MAGIC or instance == 0:
+            raise self._fail("no engine serves there", errno.ECONNREFUSED)
+        if version != VERSION:
+            raise self._fail(f"its layout has version {version}, and we know {VERSION}", errno.EPROTONOSUPPORT)
+        try:
+            self.memory.read_layout()
+        except ValueError as error:
+            raise self._fail(f"its layout is broken: {error}", errno.EPROTO) from error
+
+    def is_current(self) -> bool:
+        """Whether the file is still the one that is mapped, and the engine the one whose layout was read."""
+        return not self.memory.lost and self.memory.owner()[2] == self.memory.instance
+
+    # ---- claims ----
+
+    def connect(self, deadline: float) -> RingConnection | None:
+        """One attempt with the first channel that is free; None if the engine has not done with its last user."""
+        claim, number = self._claim()
+        epoch = secrets.randbits(63) | 1
+        try:
+            bell, kind = self._bell(number, epoch, deadline)
+        except BaseException:
+            os.close(claim)
+            raise
+        connection = RingConnection(self.memory, number, epoch, claim_fd=claim, bell_fd=bell.detach(), bell=kind)
+        try:
+            if kind == BELL_LINK:
+                self._see_beat(deadline)
+            else:
+                os.write(connection.fileno(), greeting(number, epoch, self.memory.instance))
+            if self._is_served(connection, deadline):
+                return connection
+        except BaseException:
+            connection.close()
+            raise
+        connection.close()
+        return None
+
+    def _claim(self) -> tuple[int, int]:
+        """A descriptor that holds the lock of a channel, and the channel's number."""
+        fd = open_memory(self.address)
+        try:
+            for number in range(self.memory.channels):
+                if lock_byte(fd, CHANNEL_LOCKS_AT + number):
+                    return fd, number
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
+        raise self._fail(f"all {self.memory.channels} channels are taken", errno.EBUSY)
+
+    def _bell(self, number: int, epoch: int, deadline: float) -> tuple[socket.socket, int]:
+        """Our end of the channel's bell, and of which kind it is."""
+        if isinstance(self.address, ShmAddress) and self.boot == boot_id():
+            bell = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            try:
+                bell.settimeout(max(deadline - time.monotonic(), 0.001))
+                bell.connect(bell_path(self.address))
+                bell.setblocking(False)
+            except BaseException:
+                bell.close()
+                raise
+            return bell, BELL_SOCKET
+        ours, far = socket.socketpair()
+        ours.setblocking(False)
+        far.setblocking(False)
+        self._linked().add(number, epoch, far.detach())
+        return ours, BELL_LINK
+
+    def _is_served(self, connection: RingConnection, deadline: float) -> bool:
+        while not connection.served:
+            left_s = deadline - time.monotonic()
+            if connection.hung_up or left_s <= 0:
+                return False
+            connection.listen_for_bell(left_s)
+        return True
+
+    # ---- another machine ----
+
+    def _see_beat(self, deadline: float) -> None:
+        """Raises ConnectError if the engine's heart stands still: it is gone, and has left its layout behind."""
+        first, until = self.memory.pulse(), min(deadline, time.monotonic() + _BEAT_PATIENCE_S)
+        while self.memory.pulse() == first:
+            if time.monotonic() > until:
+                raise self._fail("the engine has gone (its beat has stopped)", errno.ECONNREFUSED)
+            time.sleep(_BEAT_PERIOD_S)
+
+    def _linked(self) -> Link:
+        with self._guard:
+            if self._link is None:
+                self._link = Link(self.memory, False)
+                threading.Thread(target=_run_link, args=(weakref.ref(self), self._link), daemon=True).start()
+            return self._link
+
+
+def _run_link(owner: weakref.ref[_Shared], link: Link) -> None:
+    """Look after channels as long as there are any, or may come to be."""
+    while owner() is not None or link.busy:
+        link.watch(_LINK_PERIOD_S)
+
+
+_mappings: dict[RingAddress, _Shared] = {}
+_mappings_guard = threading.Lock()
+
+
+def _shared(address: RingAddress) -> _Shared:
+    """The mapping for an address, a new one if the file or the engine has changed."""
+    with _mappings_guard:
+        fd = open_memory(address)
+        with contextlib.closing(os.fdopen(fd, "rb", closefd=True)):
+            known = _mappings.get(address)
+            found = os.fstat(fd)
+            identity = (found.st_dev, found.st_ino, found.st_size)
+            if known is not None and known.is_current() and known.identity == identity:
+                return known
+            _mappings.pop(address, None)
+            known = _mappings[address] = _Shared(address, fd)
+            return known

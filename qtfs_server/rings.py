@@ -1,0 +1,180 @@
+"""Serving clients over shared memory: laying it out, its bell socket, and clients on other machines.
+
+A client of this machine connects to the bell socket and says which channel it has claimed. For one on another machine,
+which cannot, our link does: it sees the claim in the memory. So the engine's workers know connections of one kind only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from qtfs_common.addresses import ShmAddress, UnixAddress, listen_socket
+from qtfs_common.errors import AddressInUseError, ListenError
+from qtfs_common.rings.geometry import Geometry, Layout, LayoutError
+from qtfs_common.rings.link import Link
+from qtfs_common.rings.memory import RingMemory
+from qtfs_common.rings.shared import (
+    ENGINE_LOCK_AT,
+    MAGIC,
+    RingAddress,
+    bell_path,
+    boot_id,
+    greeting,
+    lock_byte,
+    open_memory,
+)
+from qtfs_server.server import Server
+
+log = logging.getLogger(__name__)
+
+_LINK_PERIOD_S = 0.05
+_RETRY_S = 1.0
+#: An engine on another machine shows within this time that it lives.
+_FOREIGN_PATIENCE_S = 1.0
+
+
+class RingListener:
+    """One `shm://` or `pcie://` address that the engine serves."""
+
+    def __init__(self, address: RingAddress, layout: Layout, run_dir: Path) -> None:
+        """Take the memory and lay it out. Raises ListenError."""
+        self.address = address
+        self._layout = layout
+        # Beside the file, where clients look for it; nobody but our own link comes for a BAR.
+        name = f"bell@{str(address).replace('/', '_')}"
+        self._bell_path = bell_path(address) if isinstance(address, ShmAddress) else str(run_dir / name)
+        self._retired: list[RingMemory] = []
+        self._stopping = threading.Event()
+        self._take()
+
+    # ---- the memory ----
+
+    def _take(self) -> None:
+        try:
+            self._fd = open_memory(self.address, create=True)
+        except OSError as error:
+            raise ListenError(f"cannot listen on {self.address}: {error.strerror}", error.errno or 0) from error
+        try:
+            self._bell = self._prepare()
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def _prepare(self) -> socket.socket:
+        """Lock the file, map it, lay it out; the bell socket."""
+        try:
+            if not lock_byte(self._fd, ENGINE_LOCK_AT):
+                raise self._in_use()
+            geometry = self._geometry()
+            self.memory = RingMemory(self._fd)
+            self._see_others()
+            bell = listen_socket(UnixAddress(self._bell_path))
+            bell.setblocking(False)
+            self.memory.lay_out(geometry, secrets.randbits(63) | 1, boot_id())
+        except LayoutError as error:
+            raise ListenError(f"cannot listen on {self.address}: {error}", errno.EINVAL) from error
+        except OSError as error:
+            why = error.strerror or error
+            raise ListenError(f"cannot listen on {self.address}: {why}", error.errno or 0) from error
+        log.info("%s: %d channels, requests of %d and replies of %d bytes", self.address, geometry.channels,
+                 geometry.request_bytes, geometry.reply_bytes)
+        self._link = Link(self.memory, True)
+        return bell
+
+    def _geometry(self) -> Geometry:
+        """What fits; a file that is empty gets the size that is needed."""
+        size = os.fstat(self._fd).st_size
+        if size == 0 and isinstance(self.address, ShmAddress):
+            geometry = self._layout.fit(None)
+            os.ftruncate(self._fd, geometry.total_bytes)
+            return geometry
+        return self._layout.fit(size)
+
+    def _in_use(self) -> AddressInUseError:
+        return AddressInUseError(f"{self.address} is already in use: is another engine running?", errno.EADDRINUSE)
+
+    def _see_others(self) -> None:
+        """An engine of another machine holds no lock that we could see, but it has a beat."""
+        magic, _, instance, boot = self.memory.owner()
+        if magic != MAGIC or instance == 0 or boot == boot_id():
+            return
+        first, until = self.memory.pulse(), time.monotonic() + _FOREIGN_PATIENCE_S
+        while time.monotonic() < until:
+            if self.memory.pulse() != first:
+                raise self._in_use()
+            time.sleep(_LINK_PERIOD_S)
+
+    # ---- serving ----
+
+    @contextlib.contextmanager
+    def serving(self, server: Server, needs_authentication: bool) -> Iterator[None]:
+        """Let clients come, also after the memory was taken away and is there again."""
+        server.listen(self._bell.fileno(), needs_authentication, self.memory)
+        arguments = (server, needs_authentication)
+        thread = threading.Thread(target=self._look_after, args=arguments, name="rings", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._stopping.set()
+            thread.join()
+            self.memory.leave()
+
+    def close(self) -> None:
+        """Give the bell socket and the lock back; the file stays, as a BAR would."""
+        self._bell.close()
+        Path(self._bell_path).unlink(missing_ok=True)
+        os.close(self._fd)
+
+    def _look_after(self, server: Server, needs_authentication: bool) -> None:
+        while not self._stopping.is_set():
+            self._link.watch(_LINK_PERIOD_S)
+            for number, epoch in self._link.claims():
+                self._come_for(number, epoch)
+            if self.memory.lost:
+                self._renew(server, needs_authentication)
+            self._retired = [memory for memory in self._retired if memory.users]
+
+    def _come_for(self, number: int, epoch: int) -> None:
+        """Greet ourselves on behalf of a client of another machine."""
+        try:
+            with contextlib.ExitStack() as stack:
+                bell = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+                bell.setblocking(False)
+                bell.connect(self._bell_path)
+                bell.send(greeting(number, epoch, self.memory.instance))
+                stack.pop_all()
+                self._link.add(number, epoch, bell.detach())
+        except OSError as error:
+            log.debug("%s: channel %d: %s", self.address, number, error)
+
+    def _renew(self, server: Server, needs_authentication: bool) -> None:
+        """The memory was taken away under us: wait until it is there again."""
+        log.error("%s: the memory is gone (bus error); waiting for it", self.address)
+        server.deafen(self._bell.fileno())
+        self.close()
+        self._retired.append(self.memory)
+        while not self._stopping.wait(_RETRY_S):
+            try:
+                self._take()
+            except ListenError as error:
+                log.debug("%s", error)
+                continue
+            server.listen(self._bell.fileno(), needs_authentication, self.memory)
+            log.warning("%s: the memory is back", self.address)
+            return
+        self._take_nothing()
+
+    def _take_nothing(self) -> None:
+        """What `close` can close at the end, when the memory never came back."""
+        self._bell = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._fd = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)

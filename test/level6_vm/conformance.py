@@ -3,8 +3,8 @@
     conformance.py [--here SHARE] [--expected FILE] [--trees FILE] LOCAL MOUNT...
 
 All mounts are of one directory of the server, SHARE if that is in this guest. LOCAL is an empty directory beside it; of
-each mount a subdirectory is used that has its name. FILEs are pickles: outcomes by scenario that the server tells, where
-LOCAL is another file system; and, written here, the tree that each scenario has left, by its name.
+each mount a subdirectory is used that has its name. FILEs are pickles by a scenario's name: outcomes that the server
+tells, where LOCAL is another file system; and, written here, the tree that it has left.
 
 Prints what differs, and ends with 1 if anything does.
 """

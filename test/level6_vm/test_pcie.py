@@ -76,7 +76,6 @@ def server(tmp_path: Path, bar: Path) -> Iterator[EngineProcess]:
     engine.listen = f"shm://{bar}"
     with engine.running():
         yield engine
-        wait_until(engine.is_idle, f"the engine to let everything go; it has {engine.figures()}", GRACE_S + 10)
 
 
 @pytest.fixture
@@ -114,6 +113,7 @@ def test_conformance_over_a_bar(guest: Guest, server: EngineProcess, scenarios: 
     (guest.job / "expected").write_bytes(pickle.dumps({"statfs": kit.in_child(files.statfs, str(server.share))}))
     with guest.booted(_script(server, CONFORMANCE, "umount /mnt/auto /mnt/none\n")) as boot:
         result = boot.result(TIMEOUT_S).check()
+    wait_until(server.is_idle, "the engine to let everything go", GRACE_S + 10)
     trees = pickle.loads((guest.job / "trees").read_bytes())
     for cache in ("auto", "none"):
         for name, tree in trees.items():

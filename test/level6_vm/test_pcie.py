@@ -133,3 +133,4 @@ def test_restart_of_the_engine_and_reboot_of_the_guest(guest: Guest, server: Eng
     with guest.booted(_script(server, AFTER_REBOOT)) as boot:
         boot.result(TIMEOUT_S).check()
     assert (server.share / "from-guest").read_text() == "rebooted\n"
+    wait_until(server.is_idle, "the engine to let everything go", GRACE_S + 10)

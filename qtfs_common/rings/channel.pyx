@@ -158,7 +158,9 @@ cdef bint _place(ring_end *e, uint64_t size, uint64_t *skip) noexcept nogil:
     cdef uint64_t at = e.tail % e.out_bytes
     cdef uint64_t whole = _aligned(size)
     cdef uint64_t room = _free_bytes(e)
-    skip[0] = e.out_bytes - at if at + whole > e.out_bytes or at >= RESTART_BYTES and room == e.out_bytes else 0
+    # To begin anew is not worth waiting for, and an empty ring gets no emptier.
+    skip[0] = e.out_bytes - at if at + whole > e.out_bytes or \
+        at >= max(<uint64_t>RESTART_BYTES, whole) and room == e.out_bytes else 0
     return skip[0] + whole <= room
 
 

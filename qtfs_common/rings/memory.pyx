@@ -29,8 +29,10 @@ cdef extern from "qtfs_common/rings/bus_error.h" nogil:
 
 cdef extern from * nogil:
     int load_int "__atomic_load_n"(const int32_t *, int)
+    void store_int "__atomic_store_n"(int32_t *, int32_t, int)
     enum:
         __ATOMIC_ACQUIRE
+        __ATOMIC_RELEASE
 
 
 # ---- where things lie ------------------------------------------------------------------------------------------------
@@ -115,6 +117,16 @@ cdef class RingMemory:
         """(magic, version, instance, boot id) as they stand there now."""
         cdef ring_control *c = control(&self.m)
         return c.magic, c.version, ring_load(&c.instance), c.boot[:16]
+
+    @property
+    def is_ours(self) -> bool:
+        """As the engine: whether nobody else has laid it out, or spoilt what stands in front."""
+        cdef ring_control *c = control(&self.m)
+        return c.magic == RING_MAGIC and ring_load(&c.instance) == self.m.instance
+
+    def give_up(self) -> None:
+        """Take it for lost: whoever works in it ends."""
+        store_int(&self.m.lost, 1, __ATOMIC_RELEASE)
 
     def pulse(self) -> int:
         """The engine's beat."""

@@ -33,6 +33,7 @@ cdef enum:
 cdef struct linked:                 # one channel
     int fd                          # the far end of its bell; 0: none
     bint accepted                   # the engine has taken the claim up
+    bint dead                       # the other side's beat had stopped
     uint64_t epoch
     uint64_t seen_head
     uint64_t beat                   # of the other side, when it last changed
@@ -79,7 +80,7 @@ cdef class Link:
         with self.guard:
             self._drop(number)
             l.epoch = epoch
-            l.accepted = False
+            l.accepted = l.dead = False
             l.seen_head = l.beat = 0
             l.beat_us = now_us()
             l.fd = fd
@@ -96,7 +97,7 @@ cdef class Link:
             line = client_line(&self.memory.m, number)
             epoch = ring_load(&line.epoch)
             if epoch and line.bell == BELL_LINK and line.instance == self.memory.m.instance and \
-                    (self.channels[number].fd == 0 or self.channels[number].epoch != epoch) and \
+                    (self.channels[number].epoch != epoch or self.channels[number].fd == 0 and not self.channels[number].dead) and \
                     ring_load(&engine_line(&self.memory.m, number).epoch) != epoch:
                 found.append((number, epoch))
         return found
@@ -120,11 +121,11 @@ cdef class Link:
             for number in range(self.memory.m.channels):
                 if self.channels[number].fd > 0:
                     rung |= self._look_at(number)
-                    if housekeeping:
+                    if housekeeping and self.channels[number].fd > 0:
                         self._see_to(number, now)
             if housekeeping:
                 self.beaten_us = now
-                if self.serves:
+                if self.serves and not is_lost(&self.memory.m):
                     ring_publish(&control(&self.memory.m).beat, control(&self.memory.m).beat + 1)
         self.pause_us = SHORTEST_US if rung else min(2 * self.pause_us, <int64_t>LONGEST_US)
         if self.count == 0:
@@ -161,7 +162,8 @@ cdef class Link:
         if beat != l.beat:
             l.beat = beat
             l.beat_us = now
-        if got == 0 or got < 0 and errno not in (EAGAIN, EINTR) or now - l.beat_us > DEAD_US:
+        l.dead = now - l.beat_us > DEAD_US
+        if got == 0 or got < 0 and errno not in (EAGAIN, EINTR) or l.dead:
             self._drop(number)
         elif not self.serves:
             ring_publish(&client.beat, client.beat + 1)

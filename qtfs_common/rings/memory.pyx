@@ -113,6 +113,10 @@ cdef class RingMemory:
         """Of the engine that laid it out."""
         return self.m.instance
 
+    def is_served(self, uint32_t channel) -> bool:
+        """Whether the engine serves a claim of that channel."""
+        return ring_load(&engine_line(&self.m, channel).epoch) != 0
+
     def owner(self) -> tuple[int, int, int, bytes]:
         """(magic, version, instance, boot id) as they stand there now."""
         cdef ring_control *c = control(&self.m)

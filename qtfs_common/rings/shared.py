@@ -152,8 +152,14 @@ class _Shared:
     # ---- claims ----
 
     def connect(self, deadline: float) -> RingConnection | None:
-        """One attempt with the first channel that is free; None if the engine has not done with its last user."""
-        claim, number = self._claim()
+        """One attempt with the first channel that is free; None if the engine has not done with its last user.
+
+        Raises ConnectError, or OSError.
+        """
+        claimed = self._claim()
+        if claimed is None:
+            return None
+        claim, number = claimed
         epoch = secrets.randbits(63) | 1
         try:
             bell, kind = self._bell(number, epoch, deadline)
@@ -174,18 +180,24 @@ class _Shared:
         connection.close()
         return None
 
-    def _claim(self) -> tuple[int, int]:
-        """A descriptor that holds the lock of a channel, and the channel's number."""
+    def _claim(self) -> tuple[int, int] | None:
+        """A descriptor that holds the lock of a channel, and the channel's number. None: there will be one in a moment."""
         fd = open_memory(self.address)
         try:
-            for number in range(self.memory.channels):
-                if lock_byte(fd, CHANNEL_LOCKS_AT + number):
-                    return fd, number
+            found = os.fstat(fd)
+            if (found.st_dev, found.st_ino) == self.identity[:2]:
+                # A channel that is served all the same has a client on another machine, or one that has just died.
+                served = [number for number in range(self.memory.channels) if self.memory.is_served(number)]
+                for number in range(self.memory.channels):
+                    if number not in served and lock_byte(fd, CHANNEL_LOCKS_AT + number):
+                        return fd, number
+                if not any(lock_byte(fd, CHANNEL_LOCKS_AT + number) for number in served):
+                    raise self._fail(f"all {self.memory.channels} channels are taken", errno.EBUSY)
         except BaseException:
             os.close(fd)
             raise
         os.close(fd)
-        raise self._fail(f"all {self.memory.channels} channels are taken", errno.EBUSY)
+        return None
 
     def _bell(self, number: int, epoch: int, deadline: float) -> tuple[socket.socket, int]:
         """Our end of the channel's bell, and of which kind it is."""

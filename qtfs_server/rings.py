@@ -165,6 +165,7 @@ class RingListener:
             self._link.watch(_LINK_PERIOD_S)
             for number, epoch in self._link.claims():
                 self._come_for(number, epoch)
+            self.memory.tidy()
             if not self._is_sound():
                 self._renew(server, needs_authentication)
 

@@ -30,8 +30,10 @@ cdef extern from "qtfs_common/rings/bus_error.h" nogil:
 cdef extern from * nogil:
     int load_int "__atomic_load_n"(const int32_t *, int)
     void store_int "__atomic_store_n"(int32_t *, int32_t, int)
+    bint swap_word "__atomic_compare_exchange_n"(uint64_t *, uint64_t *, uint64_t, bint, int, int)
     enum:
         __ATOMIC_ACQUIRE
+        __ATOMIC_ACQ_REL
         __ATOMIC_RELEASE
 
 
@@ -116,6 +118,18 @@ cdef class RingMemory:
     def is_served(self, uint32_t channel) -> bool:
         """Whether the engine serves a claim of that channel."""
         return ring_load(&engine_line(&self.m, channel).epoch) != 0
+
+    def tidy(self) -> None:
+        """As the engine: no channel seems to be served that nobody serves, whoever wrote that into the memory."""
+        cdef uint32_t channel
+        cdef uint64_t epoch
+        cdef uint64_t *at
+        for channel in range(self.m.channels):
+            at = &engine_line(&self.m, channel).epoch
+            epoch = ring_load(at)
+            if epoch != 0 and load_int(&self.m.served[channel], __ATOMIC_ACQUIRE) == 0:
+                # A worker that takes the channel up at this moment writes another epoch.
+                swap_word(at, &epoch, 0, False, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)
 
     def owner(self) -> tuple[int, int, int, bytes]:
         """(magic, version, instance, boot id) as they stand there now."""

@@ -137,7 +137,7 @@ class Engine:
             raise
 
     def check_payload(self, payload: int, ticket: Ticket) -> None:
-        """Raises HandshakeError: the engine takes less at once than when a mount began, and its kernel sends that much."""
+        """Raises HandshakeError if the engine takes less at once than when a mount began: its kernel sends that."""
         if payload < ticket.max_payload:
             raise HandshakeError(f"{self.address}: the engine takes {payload} bytes at once now, where it took "
                                  f"{ticket.max_payload}: mount again", errno.EMSGSIZE)

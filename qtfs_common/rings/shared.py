@@ -181,7 +181,7 @@ class _Shared:
         return None
 
     def _claim(self) -> tuple[int, int] | None:
-        """A descriptor that holds the lock of a channel, and the channel's number. None: there will be one in a moment."""
+        """A descriptor that holds the lock of a channel, and the channel's number. None: one will be free soon."""
         fd = open_memory(self.address)
         try:
             found = os.fstat(fd)

@@ -103,7 +103,7 @@ def assert_sound(geometry: Geometry, size: int) -> None:
     """Nothing overlaps, nothing lies outside, a message of the largest payload fits twice."""
     lines_end = PAGE_BYTES + geometry.channels * 2 * 128
     assert lines_end <= geometry.areas_at < lines_end + PAGE_BYTES
-    assert geometry.areas_at % PAGE_BYTES == geometry.request_bytes % PAGE_BYTES == geometry.reply_bytes % PAGE_BYTES == 0
+    assert [n % PAGE_BYTES for n in (geometry.areas_at, geometry.request_bytes, geometry.reply_bytes)] == [0, 0, 0]
     each = geometry.request_bytes + geometry.reply_bytes
     assert geometry.areas_at + geometry.channels * each == geometry.total_bytes <= size
     assert geometry.max_payload % PAGE_BYTES == 0 and geometry.max_payload >= 65_536

@@ -32,7 +32,7 @@ help:
 	@echo "all (default)  build in place; then the commands run from there"
 	@echo "deps           install what is missing: system packages (root) and .venv"
 	@echo "demo           the tour on this machine      test   the tests (PYTEST_ARGS=...)"
-	@echo "bench          speed beside sshfs            lint   ruff, mypy, Cython's warnings"
+	@echo "bench          speed beside others           lint   ruff, mypy, Cython's warnings"
 	@echo "debug          all, with assertions (any target: QTFS_DEBUG=1)"
 	@echo "install        into DESTDIR, PREFIX=$(PREFIX); uninstall takes it away, /etc/qtfs stays"
 	@echo "dist           sdist and wheel in dist/      clean  distclean"

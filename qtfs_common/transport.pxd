@@ -3,7 +3,7 @@
 A channel carries whole messages in both directions. It owns its descriptor (or its ring) and its buffers; it belongs
 to one thread at a time. No function blocks but `wait`. Errors are negative errno values.
 """
-from libc.stdint cimport int64_t, uint8_t, uint32_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from qtfs_common.protocol cimport MAX_MESSAGE, header
 
 cdef struct message:                # a received message; `body` is lent until the next `receive` on the channel
@@ -50,6 +50,7 @@ cdef struct channel:
     const channel_operations *ops
     int fd                          # the socket, or what rings if the messages go by shared memory
     void *ring                      # ring_end of rings/channel.pxd; NULL: the messages go by the socket
+    uint64_t copied                 # bytes that went through a buffer of ours, in both directions
     uint32_t largest                # the longest message that can be sent, bytes
     uint32_t limit                  # longest message accepted, bytes; raised once the peer is known
     uint8_t *inbox                  # received bytes [begin, end); NULL while nothing is lent and nothing is kept
@@ -68,6 +69,7 @@ cdef void socket_channel_init(channel *ch, int fd) noexcept nogil
 cdef int own_buffers(channel *ch) noexcept nogil
 cdef void lend_buffers(channel *ch, uint8_t *inbox, size_t inbox_bytes, uint8_t *outbox, size_t outbox_bytes) noexcept nogil
 cdef int park(channel *ch) noexcept nogil
+cdef int commit_from_pipe(channel *ch, size_t size, int pipe, size_t pipe_bytes) noexcept nogil
 cdef void release_buffers(channel *ch) noexcept nogil
 cdef int poll_socket(channel *ch, short events, int wake_fd, int64_t timeout_us, bint *woken) noexcept nogil
 cdef int64_t now_us() noexcept nogil

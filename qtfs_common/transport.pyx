@@ -7,11 +7,18 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memmove, memset
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
-from posix.unistd cimport close
+from posix.unistd cimport close, read
 
 from qtfs_common.protocol cimport MAX_MESSAGE, header
 
 import os
+
+cdef extern from *:
+    """
+    #ifndef _GNU_SOURCE
+    #define _GNU_SOURCE
+    #endif
+    """
 
 cdef extern from "<sys/uio.h>" nogil:
     struct iovec:
@@ -24,11 +31,18 @@ cdef extern from "<sys/socket.h>" nogil:
         size_t msg_iovlen
     enum:
         MSG_DONTWAIT
+        MSG_MORE
         MSG_NOSIGNAL
     ssize_t recv(int, void *, size_t, int)
     ssize_t send(int, const void *, size_t, int)
     int shutdown(int, int)
     ssize_t sendmsg(int, const msghdr *, int)
+
+cdef extern from "<fcntl.h>" nogil:
+    enum:
+        SPLICE_F_MOVE
+        SPLICE_F_NONBLOCK
+    ssize_t splice(int, int64_t *, int, int64_t *, size_t, unsigned int)
 
 cdef extern from "<poll.h>" nogil:
     struct pollfd:
@@ -86,6 +100,7 @@ cdef int _socket_receive(channel *ch, message *out) noexcept nogil:
         got = recv(ch.fd, ch.inbox + ch.end, ch.inbox_bytes - ch.end, MSG_DONTWAIT)
         if got > 0:
             ch.end += got
+            ch.copied += got
         elif got == 0:
             return -ECONNRESET
         elif errno == EAGAIN:
@@ -124,6 +139,7 @@ cdef int _socket_flush(channel *ch) noexcept nogil:
         msg.msg_iovlen = 2 if ch.unsent_bytes[1] > 0 else 1
         sent = sendmsg(ch.fd, &msg, MSG_DONTWAIT | MSG_NOSIGNAL)
         if sent >= 0:
+            ch.copied += sent
             _advance(ch, sent)
         elif errno == EAGAIN:
             return -EAGAIN
@@ -141,6 +157,41 @@ cdef int _socket_commit(channel *ch, size_t size, const void *payload, size_t pa
     ch.unsent[1] = <const uint8_t *>payload
     ch.unsent_bytes[1] = payload_bytes
     return _socket_flush(ch)
+
+
+cdef int _take_from_pipe(channel *ch, size_t at, int pipe, size_t pipe_bytes) noexcept nogil:
+    """Let flush send what a pipe still holds, behind `at` bytes of the outbox. 0 or -errno."""
+    cdef ssize_t got
+    while pipe_bytes > 0:
+        got = read(pipe, ch.outbox + at, pipe_bytes)
+        if got > 0:
+            at += got
+            pipe_bytes -= got
+        elif got == 0 or errno != EINTR:
+            return -EPROTO
+    ch.unsent[0] = ch.outbox
+    ch.unsent_bytes[0] = at
+    ch.unsent_bytes[1] = 0
+    return 0
+
+
+cdef int commit_from_pipe(channel *ch, size_t size, int pipe, size_t pipe_bytes) noexcept nogil:
+    """As commit, with a payload that a pipe holds; on a socket only. After another error than EAGAIN some may be left."""
+    cdef ssize_t sent = send(ch.fd, ch.outbox, size, MSG_DONTWAIT | MSG_NOSIGNAL | MSG_MORE)
+    cdef int status
+    if sent != <ssize_t>size:
+        status = _take_from_pipe(ch, size, pipe, pipe_bytes)
+        ch.unsent[0] += max(sent, 0)
+        ch.unsent_bytes[0] -= max(sent, 0)
+        return status if status < 0 else _socket_flush(ch)
+    while pipe_bytes > 0:
+        sent = splice(pipe, NULL, ch.fd, NULL, pipe_bytes, SPLICE_F_MOVE | SPLICE_F_NONBLOCK)
+        if sent > 0:
+            pipe_bytes -= sent
+        elif sent == 0 or errno != EINTR:
+            status = _take_from_pipe(ch, 0, pipe, pipe_bytes)
+            return status if status < 0 else _socket_flush(ch)
+    return 0
 
 
 cdef ssize_t _socket_put(channel *ch, const uint8_t *data, size_t size) noexcept nogil:
@@ -175,7 +226,7 @@ cdef int poll_socket(channel *ch, short events, int wake_fd, int64_t timeout_us,
 
 
 cdef int _socket_wait(channel *ch, int want, int wake_fd, int64_t timeout_us) noexcept nogil:
-    cdef bint woken
+    cdef bint woken = False
     cdef int events = (POLLIN if want & WAIT_READABLE else 0) | (POLLOUT if want & WAIT_WRITABLE else 0)
     cdef int seen = poll_socket(ch, <short>events, wake_fd, timeout_us, &woken)
     cdef int result = WAIT_WOKEN if woken else 0

@@ -1,6 +1,7 @@
 """Descriptors: how many there are, and what the kernel knows of one.
 
 All that clients can make us hold is counted in `descriptors`, so that nodes give theirs up before anything else fails.
+Nodes keep no more than a number of them in any case: one pins a file's inode and name in the kernel's memory.
 """
 from libc.errno cimport errno
 from libc.stdint cimport int32_t
@@ -9,8 +10,10 @@ from qtfs_server.includes.linux cimport AT_FDCWD, atomic_add_int, atomic_load_in
 
 cdef enum:
     RESERVED_DESCRIPTORS = 64       # for the engine itself
+    MOST_OF_NODES = 16384           # what nodes of all sessions keep together
 
 cdef int32_t descriptors = 0
+cdef int32_t _of_nodes = 0
 cdef int32_t descriptor_limit = 1024
 
 
@@ -26,9 +29,23 @@ cdef void close_counted(int fd) noexcept nogil:
         atomic_add_int(&descriptors, -1)
 
 
+cdef void node_opened() noexcept nogil:
+    """Count a node's descriptor."""
+    descriptor_opened()
+    atomic_add_int(&_of_nodes, 1)
+
+
+cdef void close_node(int fd) noexcept nogil:
+    """Close a node's descriptor; -1 is none."""
+    if fd >= 0:
+        close_counted(fd)
+        atomic_add_int(&_of_nodes, -1)
+
+
 cdef bint descriptors_short() noexcept nogil:
     """Whether nodes have to give descriptors up before more are opened."""
-    return atomic_load_int(&descriptors) > descriptor_limit - RESERVED_DESCRIPTORS
+    return atomic_load_int(&descriptors) > descriptor_limit - RESERVED_DESCRIPTORS or \
+        atomic_load_int(&_of_nodes) > MOST_OF_NODES
 
 
 cdef void proc_path(char *out, int fd) noexcept nogil:

@@ -6,6 +6,7 @@ from qtfs_common.transport cimport message
 from qtfs_server.identity cimport identity
 from qtfs_server.request cimport request
 from qtfs_server.session cimport session
+from qtfs_server.splicing cimport splice_pipe
 
 cdef struct counters:               # of one worker
     uint64_t requests[OP_COUNT]
@@ -18,7 +19,7 @@ cdef enum:
 
 cdef int execute(request *r, counters *count, const message *msg) noexcept nogil
 cdef int execute_in_slot(session *s, uint32_t slot_index, identity *me, uint8_t *scratch, counters *count,
-                         const message *msg, uint8_t *out, size_t room, size_t *out_bytes) noexcept nogil
+                         const message *msg, uint8_t *out, size_t room, splice_pipe *pipe, size_t *out_bytes) noexcept nogil
 cdef bint is_errand(uint16_t op) noexcept nogil
 cdef void settle_in_slot(session *s, uint32_t slot_index, uint16_t op, const uint8_t *reply, size_t size) noexcept nogil
 cdef void abandon_in_slot(session *s, uint32_t slot_index) noexcept nogil

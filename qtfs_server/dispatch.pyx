@@ -16,6 +16,7 @@ from qtfs_server.operations cimport directories, files, inodes, locks, names, st
 from qtfs_server.request cimport DEFERRED, HANDED_OVER, MALFORMED, operation_function, request
 from qtfs_server.nodes cimport evict
 from qtfs_server.session cimport SAVED_REPLY_BYTES, session, slot
+from qtfs_server.splicing cimport splice_pipe
 
 cdef struct table_entry:
     operation_function run
@@ -186,17 +187,19 @@ cdef int _execute_admitted(request *r, slot *at, counters *count, const message 
     if result <= MALFORMED:
         return MALFORMED
     _reply_header(msg, -result, r.reply_bytes, out)
-    out_bytes[0] = sizeof(header) + r.reply_bytes
+    out_bytes[0] = sizeof(header) + (r.reply_bytes if r.pipe == NULL or r.pipe.bytes == 0 else 0)
     if r.keep_reply:
         _save_reply(at, out, out_bytes[0])
     return 0
 
 
 cdef int execute_in_slot(session *s, uint32_t slot_index, identity *me, uint8_t *scratch, counters *count,
-                         const message *msg, uint8_t *out, size_t room, size_t *out_bytes) noexcept nogil:
+                         const message *msg, uint8_t *out, size_t room, splice_pipe *pipe,
+                         size_t *out_bytes) noexcept nogil:
     """Execute a request of a slot, or find the reply it got before. 0 (the reply is at `out`), MALFORMED or SLOT_BUSY.
 
-    HANDED_OVER: the slot stays taken until settle_in_slot or abandon_in_slot.
+    HANDED_OVER: the slot stays taken until settle_in_slot or abandon_in_slot. `pipe`: where the body may be instead, which
+    then holds some bytes; NULL: nowhere.
     """
     cdef slot *at = &s.slot_table[slot_index]
     cdef request r
@@ -216,6 +219,7 @@ cdef int execute_in_slot(session *s, uint32_t slot_index, identity *me, uint8_t 
         r.scratch = scratch
         r.reply = out + sizeof(header)
         r.reply_room = room - sizeof(header)
+        r.pipe = pipe
         r.may_wait = False
         result = _execute_admitted(&r, at, count, msg, out, out_bytes)
         if result == HANDED_OVER:

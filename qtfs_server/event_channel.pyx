@@ -50,6 +50,7 @@ cdef int _execute_event(worker *w, session *s, const message *msg) noexcept nogi
     r.reply = w.outbox
     r.reply_room = BUFFER_BYTES
     r.repeated = False
+    r.pipe = NULL
     r.may_wait = True
     result = execute(&r, &w.count, msg)
     if result == MALFORMED:

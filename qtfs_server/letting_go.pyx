@@ -9,8 +9,9 @@ from libc.stdint cimport uint32_t, uint64_t
 
 from qtfs_server.includes.linux cimport pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock
 from qtfs_server.mounts cimport close_idle_mounts, is_let_go, set_holding
+from qtfs_server.node_table cimport awake_locked
 from qtfs_server.nodes cimport node_put_aside, node_unpin
-from qtfs_server.session cimport NODE_IN_USE, NODE_LISTED, NODE_WARM, device, node, node_at, session, session_after
+from qtfs_server.session cimport NODE_WARM, RECORD_LISTED, device, node, record_at, session, session_after
 
 cdef pthread_mutex_t _walking
 pthread_mutex_init(&_walking, NULL)
@@ -23,7 +24,7 @@ cdef struct progress:               # of one walk through session.holders, which
 # ---- idle ones -------------------------------------------------------------------------------------------------------
 
 cdef bint _holds_locked(session *s, node *n) noexcept nogil:
-    return n.flags & NODE_IN_USE and n.fd >= 0 and is_let_go(s, n.device)
+    return n != NULL and n.fd >= 0 and is_let_go(s, n.device)
 
 
 cdef node *_next_idle_locked(session *s, progress *walk) noexcept nogil:
@@ -33,9 +34,9 @@ cdef node *_next_idle_locked(session *s, progress *walk) noexcept nogil:
     while walk.at < s.holder_count:
         index = s.holders[walk.at]
         walk.at += 1
-        n = node_at(s, index)
+        n = awake_locked(s, index)
         if not _holds_locked(s, n):
-            n.flags &= ~NODE_LISTED
+            record_at(s, index).stamp &= ~<uint32_t>RECORD_LISTED
             continue
         s.holders[walk.kept] = index        # until the descriptor is really gone
         walk.kept += 1
@@ -91,8 +92,8 @@ cdef void _cool(session *s, uint64_t mount_id) noexcept nogil:
     cdef node *n = NULL
     pthread_mutex_lock(&s.guard)
     for i in range(s.holder_count):
-        n = node_at(s, s.holders[i])
-        if n.flags & NODE_IN_USE and _is_mount(&s.devices[n.device], mount_id):
+        n = awake_locked(s, s.holders[i])
+        if n != NULL and _is_mount(&s.devices[n.device], mount_id):
             n.flags &= ~NODE_WARM
     for i in range(s.device_count):
         if _is_mount(&s.devices[i], mount_id):

@@ -17,7 +17,7 @@ from qtfs_server.descriptors cimport close_counted, descriptor_opened, proc_path
 from qtfs_server.includes.linux cimport AT_FDCWD, EFD_CLOEXEC, EFD_NONBLOCK, O_CLOEXEC, O_DIRECTORY, O_NOFOLLOW, \
     O_PATH, O_RDONLY, RESOLVE_NO_SYMLINKS, SYS_openat2, atomic_load_int, atomic_store_int, close, eventfd, \
     eventfd_write, open_how, openat, pthread_mutex_lock, pthread_mutex_unlock, statx_t, syscall
-from qtfs_server.session cimport NODE_LISTED, device, node, node_at, session
+from qtfs_server.session cimport RECORD_LISTED, device, record, record_at, session
 
 import logging
 import threading
@@ -67,10 +67,10 @@ cdef void set_holding(bint holding) noexcept nogil:
 
 cdef void note_holder_locked(session *s, uint32_t index) noexcept nogil:
     """A node has got a descriptor on a mount that is to be let go. Without memory for the note, it is held for longer."""
-    cdef node *n = node_at(s, index)
+    cdef record *r = record_at(s, index)
     cdef uint32_t room
     cdef uint32_t *larger
-    if not n.flags & NODE_LISTED:
+    if not r.stamp & RECORD_LISTED:
         if s.holder_count == s.holder_room:
             room = max(s.holder_room * 2, <uint32_t>FIRST_HOLDERS)
             larger = <uint32_t *>realloc(s.holders, room * sizeof(uint32_t))
@@ -80,7 +80,7 @@ cdef void note_holder_locked(session *s, uint32_t index) noexcept nogil:
             s.holder_room = room
         s.holders[s.holder_count] = index
         s.holder_count += 1
-        n.flags |= NODE_LISTED
+        r.stamp |= RECORD_LISTED
     set_holding(True)
 
 

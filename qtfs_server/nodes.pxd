@@ -13,7 +13,8 @@ cdef void node_unpin(session *s, node *n) noexcept nogil
 cdef void node_keep(session *s, node *n) noexcept nogil
 cdef void node_let_go(session *s, node *n) noexcept nogil
 cdef void node_forget(session *s, uint64_t id, uint64_t lookups) noexcept nogil
-cdef int node_enter(session *s, node *parent, const char *name, size_t name_bytes, entry *out) noexcept nogil
+cdef int node_enter(session *s, node *parent, const char *name, size_t name_bytes, bint sparing,
+                    entry *out) noexcept nogil
 cdef int node_enter_fd(session *s, int fd, const statx_t *st, place where, entry *out) noexcept nogil
 cdef int root_enter(session *s, int fd, place where) noexcept nogil
 cdef void evict(session *s) noexcept nogil

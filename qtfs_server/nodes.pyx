@@ -1,124 +1,33 @@
-"""Nodes of a session: by id and by (mount, inode), entered by name, with or without a descriptor.
+"""Nodes of a session, entered by name, with or without a descriptor.
 
-A node id is (generation << 32 | index): stale and invented ones are refused by their generation. NODE_ALIAS bits in it
-do not matter here. Descriptors of nodes are
-a cache: when they run short the clock hand takes those not used lately and leaves a file handle (name_to_handle_at(2))
-or, where the file system has none, a path to open them by.
+Descriptors of nodes are a cache: when they run short the clock hand takes those not used lately and leaves a file handle
+(name_to_handle_at(2)) or, where the file system has none, a path to open them by. With a file handle a node that nobody
+uses is folded into its record (folding.pyx).
 """
 from libc.errno cimport EMFILE, ENFILE, ENOENT, ENOMEM, EROFS, ESTALE, errno
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free, malloc
+from libc.stdlib cimport free, malloc
 from libc.string cimport memcmp, memcpy, memset, strcpy, strrchr
 
 from qtfs_common.protocol cimport MAX_PATH, NODE_ALIAS, ROOT_NODE, entry
 from qtfs_server.attributes cimport device_index, fill_attributes, find_device_locked, node_flags_locked, signature, \
     stat_fd, stat_name
-from qtfs_server.descriptors cimport close_counted, descriptor_opened, descriptors_short, fd_path, proc_path
+from qtfs_server.descriptors cimport close_node, descriptor_opened, descriptors_short, fd_path, node_opened, proc_path
+from qtfs_server.folding cimport drop_folded_locked, fold_locked, unfold_locked
 from qtfs_server.includes.linux cimport AT_EMPTY_PATH, AT_FDCWD, O_CLOEXEC, O_DIRECTORY, O_NOFOLLOW, \
     O_NONBLOCK, O_PATH, O_RDONLY, RESOLVE_NO_SYMLINKS, S_IFCHR, S_IFDIR, S_IFMT, S_IFREG, SYS_openat2, close, file_handle, \
     name_to_handle_at, open_by_handle_at, open_how, openat, pthread_mutex_lock, pthread_mutex_unlock, statx_t, syscall
 from qtfs_server.mounts cimport borrow_mount, is_gone, is_let_go, note_holder_locked, return_mount
 from qtfs_server.policy cimport ALLOW_LOOK, OFF_TRIE, child_place, current_epoch, enter_file_system, path_place, place, \
     refusal
-from qtfs_server.session cimport CHUNK, MAX_NODES, NODE_IN_USE, NODE_LISTED, NODE_PATHLESS, NODE_RECENT, \
-    NODE_REVIVE_BY_PATH, NODE_USED, NO_INDEX, grown_chunks, node, node_at, session, session_fullest, session_unref
+from qtfs_server.node_table cimport awake_locked, find_record_locked, node_id, record_free_locked, record_new_locked, \
+    record_of_locked, record_unlink_locked
+from qtfs_server.session cimport NODE_PATHLESS, NODE_RECENT, NODE_REVIVE_BY_PATH, NODE_USED, NO_INDEX, node, \
+    node_free_locked, node_new_locked, record, record_at, session, session_fullest, session_unref
 
 cdef enum:
-    GENERATIONS = 0x1fffffff        # the bits above are for aliases, and for clients to mark nodes of their own
     MAX_HANDLE_BYTES = 128          # MAX_HANDLE_SZ of <linux/exportfs.h>
     EVICTED_AT_ONCE = 64
-
-
-# ---- table --------------------------------------------------------------------------------------------------------
-
-
-
-cdef uint32_t _new_node_locked(session *s) noexcept nogil:
-    """An index for a new node, or NO_INDEX."""
-    cdef uint32_t index = s.node_free
-    cdef node **chunks
-    if index != NO_INDEX:
-        s.node_free = node_at(s, index).next
-    else:
-        if s.node_count >= MAX_NODES:
-            return NO_INDEX
-        chunks = <node **>grown_chunks(<void **>s.node_chunks, s.node_count, sizeof(node))
-        if chunks == NULL:
-            return NO_INDEX
-        s.node_chunks = chunks
-        index = s.node_count
-        s.node_count += 1
-        node_at(s, index).generation = s.salt & GENERATIONS
-    s.nodes_used += 1
-    return index
-
-
-cdef uint32_t _hash(uint32_t on_device, uint64_t ino) noexcept nogil:
-    cdef uint64_t mixed = (ino ^ (<uint64_t>on_device << 40)) * <uint64_t>0x9E3779B97F4A7C15
-    return <uint32_t>(mixed >> 32)
-
-
-cdef uint32_t _find_locked(session *s, uint32_t on_device, uint64_t ino) noexcept nogil:
-    cdef uint32_t index = s.buckets[_hash(on_device, ino) & s.bucket_mask]
-    cdef node *n = NULL
-    while index != NO_INDEX:
-        n = node_at(s, index)
-        if n.ino == ino and n.device == on_device:
-            return index
-        index = n.next
-    return NO_INDEX
-
-
-cdef void _link_locked(session *s, uint32_t index) noexcept nogil:
-    cdef node *n = node_at(s, index)
-    cdef uint32_t *bucket = &s.buckets[_hash(n.device, n.ino) & s.bucket_mask]
-    n.next = bucket[0]
-    bucket[0] = index
-
-
-cdef void _unlink_locked(session *s, uint32_t index) noexcept nogil:
-    cdef node *n = node_at(s, index)
-    cdef uint32_t *at = &s.buckets[_hash(n.device, n.ino) & s.bucket_mask]
-    while at[0] != NO_INDEX:
-        if at[0] == index:
-            at[0] = n.next
-            return
-        at = &node_at(s, at[0]).next
-
-
-cdef void _rehash_locked(session *s) noexcept nogil:
-    """Twice the buckets; without memory the chains just grow longer."""
-    cdef uint32_t old = s.bucket_mask + 1, i, index, following
-    cdef uint32_t *larger
-    cdef uint32_t *smaller = s.buckets
-    if s.nodes_used < old:
-        return
-    larger = <uint32_t *>calloc(old * 2, sizeof(uint32_t))
-    if larger == NULL:
-        return
-    s.buckets = larger
-    s.bucket_mask = old * 2 - 1
-    for i in range(old):
-        index = smaller[i]
-        while index != NO_INDEX:
-            following = node_at(s, index).next
-            _link_locked(s, index)
-            index = following
-    free(smaller)
-
-
-cdef inline uint64_t _node_id(uint32_t index, const node *n) noexcept nogil:
-    return ROOT_NODE if index == ROOT_NODE else <uint64_t>n.generation << 32 | index
-
-
-cdef uint32_t _index_locked(session *s, uint64_t id) noexcept nogil:
-    """Index of a live node id, or NO_INDEX."""
-    cdef uint32_t index = <uint32_t>id
-    if index == NO_INDEX or index >= s.node_count:
-        return NO_INDEX
-    if not node_at(s, index).flags & NODE_IN_USE or _node_id(index, node_at(s, index)) != id & ~NODE_ALIAS:
-        return NO_INDEX
-    return index
 
 
 cdef uint64_t known_node(session *s, const statx_t *st) noexcept nogil:
@@ -127,9 +36,9 @@ cdef uint64_t known_node(session *s, const statx_t *st) noexcept nogil:
     cdef uint64_t id = 0
     pthread_mutex_lock(&s.guard)
     if find_device_locked(s, st, &on_device):
-        index = _find_locked(s, on_device, st.stx_ino)
+        index = find_record_locked(s, on_device, st.stx_ino)
     if index != NO_INDEX:
-        id = _node_id(index, node_at(s, index))
+        id = node_id(index, record_at(s, index))
     pthread_mutex_unlock(&s.guard)
     return id
 
@@ -272,38 +181,36 @@ cdef bint node_put_aside(session *s, node *n) noexcept nogil:
         return False                # unlinked: the descriptor is all that keeps it
     pthread_mutex_lock(&s.guard)
     if n.pins == 1 and n.fd >= 0:
-        fd = n.fd
-        n.fd = -1
-        s.open_nodes -= 1
+        fd = _take_fd_locked(s, n)
         n.revive = revive
         n.flags = (n.flags & ~NODE_REVIVE_BY_PATH) | by_path
+        if revive != NULL and not by_path:
+            s.devices[n.device].reopens = True
         revive = NULL
     pthread_mutex_unlock(&s.guard)
     free(revive)
-    close_counted(fd)
+    close_node(fd)
     return fd >= 0
 
 
 cdef node *_next_victim(session *s) noexcept nogil:
     """Advance the clock hand to a node whose descriptor can go, and pin it; NULL if a whole round finds none."""
-    cdef uint32_t steps = 2 * s.node_count
+    cdef uint32_t steps
     cdef node *n = NULL
     cdef node *found = NULL
     pthread_mutex_lock(&s.guard)
-    while steps > 0:
+    steps = 2 * s.open_nodes
+    while steps > 0 and found == NULL:
         steps -= 1
-        s.hand = s.hand + 1 if s.hand + 1 < s.node_count else ROOT_NODE + 1
-        if s.hand >= s.node_count:
-            break
-        n = node_at(s, s.hand)
-        if not n.flags & NODE_IN_USE or n.fd < 0 or n.pins > 0:
+        n = s.hand
+        s.hand = n.next_open
+        if n.index == ROOT_NODE or n.pins > 0:
             continue
         if n.flags & NODE_RECENT:
             n.flags &= ~NODE_RECENT
             continue
         n.pins += 1
         found = n
-        break
     pthread_mutex_unlock(&s.guard)
     return found
 
@@ -410,13 +317,33 @@ cdef int _revived(session *s, node *n, revival *by) noexcept nogil:
 
 cdef void _give_fd_locked(session *s, node *n, int fd, uint16_t pathless) noexcept nogil:
     if is_let_go(s, n.device):
-        note_holder_locked(s, _own_index_locked(s, n))
+        note_holder_locked(s, n.index)
     n.fd = fd
-    s.open_nodes += 1
     n.flags = (n.flags & ~NODE_PATHLESS) | pathless
     free(n.revive)
     n.revive = NULL
-    descriptor_opened()
+    if s.hand == NULL:
+        s.hand = n.next_open = n.previous_open = n
+    n.next_open = s.hand            # the hand comes by last
+    n.previous_open = s.hand.previous_open
+    n.previous_open.next_open = n
+    s.hand.previous_open = n
+    s.open_nodes += 1
+    node_opened()
+
+
+cdef int _take_fd_locked(session *s, node *n) noexcept nogil:
+    """The descriptor of a node, which has it no longer, to be closed with close_node; -1: it had none."""
+    cdef int fd = n.fd
+    if fd < 0:
+        return -1
+    if s.hand == n:
+        s.hand = n.next_open if n.next_open != n else NULL
+    n.next_open.previous_open = n.previous_open
+    n.previous_open.next_open = n.next_open
+    s.open_nodes -= 1
+    n.fd = -1
+    return fd
 
 
 cdef int _revive(session *s, node *n) noexcept nogil:
@@ -456,13 +383,15 @@ cdef int node_pin(session *s, uint64_t id, node **out) noexcept nogil:
     """Hold the node of an id, with its descriptor open. 0 or -errno; -ESTALE: no such node."""
     cdef uint32_t index
     pthread_mutex_lock(&s.guard)
-    index = _index_locked(s, id)
-    if index != NO_INDEX:
-        out[0] = node_at(s, index)
+    index = record_of_locked(s, id)
+    out[0] = unfold_locked(s, index) if index != NO_INDEX else NULL
+    if out[0] != NULL:
         out[0].pins += 1
         out[0].flags |= NODE_USED
     pthread_mutex_unlock(&s.guard)
-    return _opened(s, out[0]) if index != NO_INDEX else -ESTALE
+    if out[0] == NULL:
+        return -ESTALE if index == NO_INDEX else -ENOMEM
+    return _opened(s, out[0])
 
 
 cdef int node_hold(session *s, node *n) noexcept nogil:
@@ -475,45 +404,27 @@ cdef int node_hold(session *s, node *n) noexcept nogil:
 
 
 cdef void _drop_locked(session *s, node *n) noexcept nogil:
-    """Free a node that nobody knows or holds; its next user gets another generation."""
-    cdef uint32_t index = _own_index_locked(s, n)
-    if _find_locked(s, n.device, n.ino) == index:
-        _unlink_locked(s, index)
-    s.devices[n.device].nodes -= 1
-    if n.fd >= 0:
-        s.open_nodes -= 1
-    close_counted(n.fd)
-    free(n.revive)
-    n.revive = NULL
-    n.fd = -1
-    n.flags &= NODE_LISTED
-    n.generation = (n.generation + 1) & GENERATIONS
-    n.next = s.node_free
-    s.node_free = index
-    s.nodes_used -= 1
+    """Free a node that nobody knows or holds."""
+    close_node(_take_fd_locked(s, n))
+    record_free_locked(s, n.index)
+    node_free_locked(s, n)
 
 
-cdef uint32_t _own_index_locked(session *s, node *n) noexcept nogil:
-    """Index of a node, also if its hash chain no longer leads to it (its inode number was used again)."""
-    cdef uint32_t chunk, index = _find_locked(s, n.device, n.ino)
-    if index != NO_INDEX and node_at(s, index) == n:
-        return index
-    for chunk in range((s.node_count + CHUNK - 1) // CHUNK):
-        if s.node_chunks[chunk] <= n < s.node_chunks[chunk] + CHUNK:
-            return chunk * CHUNK + <uint32_t>(n - s.node_chunks[chunk])
-    return NO_INDEX
-
-
-cdef void _drop_unused_locked(session *s, node *n) noexcept nogil:
-    if n.pins == 0 and n.lookups == 0 and n.handles == 0:
+cdef void _settle_locked(session *s, node *n) noexcept nogil:
+    """See to a node that may have lost its last user: it is freed, or folded if it has no descriptor."""
+    if n.pins > 0 or n.handles > 0:
+        return
+    if n.lookups == 0:
         _drop_locked(s, n)
+    elif n.fd < 0:
+        fold_locked(s, n)
 
 
 cdef void node_unpin(session *s, node *n) noexcept nogil:
     """Let go of a pinned node."""
     pthread_mutex_lock(&s.guard)
     n.pins -= 1
-    _drop_unused_locked(s, n)
+    _settle_locked(s, n)
     pthread_mutex_unlock(&s.guard)
 
 
@@ -528,28 +439,36 @@ cdef void node_let_go(session *s, node *n) noexcept nogil:
     """Undo node_keep."""
     pthread_mutex_lock(&s.guard)
     n.handles -= 1
-    _drop_unused_locked(s, n)
+    _settle_locked(s, n)
     pthread_mutex_unlock(&s.guard)
+
+
+cdef void _forget_locked(session *s, uint32_t index, uint64_t lookups) noexcept nogil:
+    cdef record *r = record_at(s, index)
+    cdef node *n = awake_locked(s, index)
+    if n != NULL:
+        n.lookups -= min(lookups, n.lookups)
+        _settle_locked(s, n)
+    elif lookups < r.lookups:
+        r.lookups -= <uint16_t>lookups
+    else:
+        drop_folded_locked(s, index)
 
 
 cdef void node_forget(session *s, uint64_t id, uint64_t lookups) noexcept nogil:
     """The client's kernel returns lookup counts: FUSE_FORGET. More than were given out, or of unknown ids: ignored."""
     cdef uint32_t index
-    cdef node *n = NULL
     pthread_mutex_lock(&s.guard)
-    index = _index_locked(s, id)
+    index = record_of_locked(s, id)
     if index > ROOT_NODE:
-        n = node_at(s, index)
-        n.lookups -= min(lookups, n.lookups)
-        _drop_unused_locked(s, n)
+        _forget_locked(s, index, lookups)
     pthread_mutex_unlock(&s.guard)
 
 
 # ---- entering names ------------------------------------------------------------------------------------------------
 
-cdef void _fill_entry(session *s, uint32_t index, const statx_t *st, entry *out) noexcept nogil:
-    cdef node *n = node_at(s, index)
-    out.node = _node_id(index, n)
+cdef void _fill_entry(session *s, const node *n, const statx_t *st, entry *out) noexcept nogil:
+    out.node = node_id(n.index, record_at(s, n.index))
     out.generation = 0
     out.node_flags = node_flags_locked(s, n.device)
     out.reserved = out.reserved2 = 0
@@ -563,14 +482,13 @@ cdef void _merge_place(node *n, const statx_t *st, place where) noexcept nogil:
     n.where = where
 
 
-cdef void _count_locked(session *s, uint32_t index, const statx_t *st, place where, entry *out) noexcept nogil:
+cdef void _count_locked(session *s, node *n, const statx_t *st, place where, entry *out) noexcept nogil:
     """One more lookup of a node, and what the client is told of it."""
-    cdef node *n = node_at(s, index)
     n.lookups += 1
     n.flags |= NODE_USED
     n.seen = signature(st)
     _merge_place(n, st, where)
-    _fill_entry(s, index, st, out)
+    _fill_entry(s, n, st, out)
 
 
 cdef bint _has_ended(const node *n) noexcept nogil:
@@ -584,14 +502,14 @@ cdef bint _count_known(session *s, const node *parent, const statx_t *st, place 
 
     Not where another file system begins: what protects that, `where` does not know yet.
     """
-    cdef uint32_t on_device = 0, index = NO_INDEX
+    cdef uint32_t on_device = 0
+    cdef node *n = NULL
     cdef bint hit = False
     pthread_mutex_lock(&s.guard)
-    if find_device_locked(s, st, &on_device):
-        index = _find_locked(s, on_device, st.stx_ino)
-    if index != NO_INDEX and on_device == parent.device and node_at(s, index).fd >= 0 and \
-            node_at(s, index).type == (st.stx_mode & S_IFMT) and not _has_ended(node_at(s, index)):
-        _count_locked(s, index, st, where, out)
+    if find_device_locked(s, st, &on_device) and on_device == parent.device:
+        n = awake_locked(s, find_record_locked(s, on_device, st.stx_ino))
+    if n != NULL and n.fd >= 0 and n.type == (st.stx_mode & S_IFMT) and not _has_ended(n):
+        _count_locked(s, n, st, where, out)
         hit = True
     pthread_mutex_unlock(&s.guard)
     return hit
@@ -612,71 +530,84 @@ cdef bint _is_node_locked(node *n, const statx_t *st, const file_handle *current
                                                                  kept.handle_bytes) == 0
 
 
-cdef uint32_t _make_locked(session *s, uint32_t on_device, const statx_t *st, place where) noexcept nogil:
-    """A new node without descriptor, or NO_INDEX."""
-    cdef uint32_t index = _new_node_locked(s)
-    cdef node *n = NULL
-    if index == NO_INDEX:
-        return NO_INDEX
-    n = node_at(s, index)
+cdef node *_make_locked(session *s, uint32_t on_device, const statx_t *st, place where) noexcept nogil:
+    """A new node without descriptor, or NULL."""
+    cdef node *n = node_new_locked(s)
+    if n == NULL:
+        return NULL
     n.ino = st.stx_ino
     n.device = on_device
     n.type = st.stx_mode & S_IFMT
-    n.lookups = n.handles = n.pins = 0
     n.fd = -1
-    n.revive = NULL
-    n.flags = NODE_IN_USE | (n.flags & NODE_LISTED)
     n.where = where
-    s.devices[on_device].nodes += 1
-    _link_locked(s, index)
-    _rehash_locked(s)
-    return index
+    if record_new_locked(s, n) == NO_INDEX:
+        node_free_locked(s, n)
+        n = NULL
+    return n
 
 
-cdef uint32_t _find_or_make_locked(session *s, uint32_t on_device, const statx_t *st, place where,
-                                   const file_handle *current) noexcept nogil:
-    """The node of an open file, or NO_INDEX."""
-    cdef uint32_t index = _find_locked(s, on_device, st.stx_ino)
-    if index != NO_INDEX and not _is_node_locked(node_at(s, index), st, current):
-        _unlink_locked(s, index)    # the inode number lives again: the old node keeps its id and goes stale
-        index = NO_INDEX
-    return index if index != NO_INDEX else _make_locked(s, on_device, st, where)
+cdef node *_find_or_make_locked(session *s, uint32_t on_device, const statx_t *st, place where,
+                                const file_handle *current) noexcept nogil:
+    """The node of an open file, or NULL."""
+    cdef uint32_t index = find_record_locked(s, on_device, st.stx_ino)
+    cdef node *n = NULL
+    if index == NO_INDEX:
+        return _make_locked(s, on_device, st, where)
+    n = unfold_locked(s, index)
+    if n == NULL or _is_node_locked(n, st, current):
+        return n
+    record_unlink_locked(s, index)  # the inode number lives again: the old node keeps its id and goes stale
+    _settle_locked(s, n)
+    return _make_locked(s, on_device, st, where)
 
 
 cdef bint _is_put_aside(session *s, uint32_t on_device, uint64_t ino) noexcept nogil:
     cdef uint32_t index
-    cdef bint result
+    cdef node *n = NULL
     pthread_mutex_lock(&s.guard)
-    index = _find_locked(s, on_device, ino)
-    result = index != NO_INDEX and node_at(s, index).fd < 0
+    index = find_record_locked(s, on_device, ino)
+    n = awake_locked(s, index)
     pthread_mutex_unlock(&s.guard)
-    return result
+    return index != NO_INDEX and (n == NULL or n.fd < 0)
+
+
+cdef int _enter(session *s, int fd, uint32_t on_device, const statx_t *st, place where, file_handle *current, bint keep,
+                entry *out) noexcept nogil:
+    """Find or make the node of an O_PATH descriptor, which it may `keep`, and count a lookup. 0 or -ENFILE.
+
+    Takes over the file handle, and unless it fails the descriptor.
+    """
+    cdef node *n = NULL
+    pthread_mutex_lock(&s.guard)
+    n = _find_or_make_locked(s, on_device, st, where, current)
+    if n != NULL:
+        if n.fd < 0 and keep:
+            _give_fd_locked(s, n, fd, 0)
+            fd = -1
+        elif n.fd < 0 and n.revive == NULL:
+            n.revive = <uint8_t *>current
+            current = NULL
+        _count_locked(s, n, st, where, out)
+        _settle_locked(s, n)
+    pthread_mutex_unlock(&s.guard)
+    free(current)
+    if n != NULL and fd >= 0:
+        close(fd)
+    return 0 if n != NULL else -ENFILE
 
 
 cdef int node_enter_fd(session *s, int fd, const statx_t *st, place where, entry *out) noexcept nogil:
     """Find or make the node of an O_PATH descriptor, which is taken over, and count a lookup. 0 or -errno."""
-    cdef uint32_t on_device = 0, index
-    cdef node *n = NULL
-    cdef file_handle *current = NULL
+    cdef uint32_t on_device = 0
     cdef int error = device_index(s, fd, st, &on_device)
+    cdef file_handle *current = NULL
+    if error == 0:
+        if _is_put_aside(s, on_device, st.stx_ino):
+            current = _file_handle(fd)
+        error = _enter(s, fd, on_device, st, where, current, True, out)
     if error < 0:
         close(fd)
-        return error
-    if _is_put_aside(s, on_device, st.stx_ino):
-        current = _file_handle(fd)
-    pthread_mutex_lock(&s.guard)
-    index = _find_or_make_locked(s, on_device, st, where, current)
-    if index != NO_INDEX:
-        n = node_at(s, index)
-        if n.fd < 0:
-            _give_fd_locked(s, n, fd, 0)
-            fd = -1
-        _count_locked(s, index, st, where, out)
-    pthread_mutex_unlock(&s.guard)
-    free(current)
-    if fd >= 0:
-        close(fd)
-    return 0 if index != NO_INDEX else -ENFILE
+    return error
 
 
 cdef int _correct_place(session *s, const node *parent, int fd, const statx_t *st, place *where) noexcept nogil:
@@ -693,12 +624,42 @@ cdef int _correct_place(session *s, const node *parent, int fd, const statx_t *s
     return 0 if where.allowed & ALLOW_LOOK else -ENOENT
 
 
-cdef int node_enter(session *s, node *parent, const char *name, size_t name_bytes, entry *out) noexcept nogil:
-    """Look a name up below a pinned directory and count it. 0 or -errno; -ENOENT for one that is hidden."""
+cdef bint _reopens(session *s, uint32_t on_device) noexcept nogil:
+    """Whether files of a mount have been opened by their file handles before."""
+    cdef bint does
+    pthread_mutex_lock(&s.guard)
+    does = s.devices[on_device].reopens
+    pthread_mutex_unlock(&s.guard)
+    return does
+
+
+cdef int _enter_put_aside(session *s, int fd, const statx_t *st, place where, entry *out) noexcept nogil:
+    """node_enter_fd of a node that gets no descriptor, but is opened by its file handle; -EMFILE: it cannot be."""
+    cdef uint32_t on_device = 0
+    cdef file_handle *current = NULL
+    cdef int error = device_index(s, fd, st, &on_device)
+    if error == 0 and st.stx_nlink > 0 and _reopens(s, on_device):
+        current = _file_handle(fd)
+    if error == 0:
+        error = _enter(s, fd, on_device, st, where, current, False, out) if current != NULL else -EMFILE
+    if error < 0:
+        close(fd)
+    return error
+
+
+cdef int node_enter(session *s, node *parent, const char *name, size_t name_bytes, bint sparing,
+                    entry *out) noexcept nogil:
+    """Look a name up below a pinned directory and count it. 0 or -errno; -ENOENT for one that is hidden.
+
+    `sparing`: without keeping a descriptor if they are short, else -EMFILE.
+    """
     cdef statx_t st
     cdef int fd, error
+    cdef bint spare = sparing and descriptors_short()
     cdef place where = _current_place(parent, parent.fd)
     where = child_place(&where, <const uint8_t *>name, name_bytes)
+    if spare and not _reopens(s, parent.device):
+        return -EMFILE
     error = stat_name(parent.fd, name, &st) if where.allowed & ALLOW_LOOK else -ENOENT
     if error < 0:
         return error
@@ -713,7 +674,7 @@ cdef int node_enter(session *s, node *parent, const char *name, size_t name_byte
     if error < 0:
         close(fd)
         return error
-    return node_enter_fd(s, fd, &st, where, out)
+    return _enter_put_aside(s, fd, &st, where, out) if spare else node_enter_fd(s, fd, &st, where, out)
 
 
 cdef int root_enter(session *s, int fd, place where) noexcept nogil:

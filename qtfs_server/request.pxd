@@ -4,6 +4,7 @@ from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 from qtfs_common.protocol cimport MAX_NAME, caller, header, name_is_valid
 from qtfs_server.identity cimport act_as, identity
 from qtfs_server.session cimport session
+from qtfs_server.splicing cimport splice_pipe
 
 cdef enum:
     MALFORMED = -100000             # not an errno: the message breaks the protocol, the connection ends
@@ -21,6 +22,7 @@ cdef struct request:
     uint8_t *reply                  # room for the reply's body
     size_t reply_room
     size_t reply_bytes              # set by the operation
+    splice_pipe *pipe               # may take the reply's body instead of `reply`, and tells; NULL: it may not
     uint8_t *scratch                # SCRATCH_BYTES of the worker, for directory blocks and the like
     bint repeated                   # an idempotent request that was executed before
     bint may_wait                   # it came on the event channel: DEFERRED is allowed

@@ -17,7 +17,8 @@ from libc.string cimport memcpy, memset
 from qtfs_common.protocol cimport *
 from qtfs_common.rings.channel cimport greeter_init, works_in
 from qtfs_common.rings.memory cimport RingMemory
-from qtfs_common.transport cimport WAIT_READABLE, WAIT_WRITABLE, channel, lend_buffers, message, now_us, park, socket_channel_init
+from qtfs_common.spinning cimport SPIN_CAP_US, move_away, spin_begin, spin_shares, spin_turn
+from qtfs_common.transport cimport WAIT_READABLE, WAIT_WRITABLE, channel, commit_from_pipe, lend_buffers, message, now_us, park, socket_channel_init
 from qtfs_server.connection cimport STATE_EVENT, STATE_GREETED, STATE_NEW, STATE_SLOT, STATE_TRUSTED, connection
 from qtfs_server.dispatch cimport SLOT_BUSY, abandon_in_slot, execute_in_slot, is_errand, settle_in_slot
 from qtfs_server.event_channel cimport abandon_all, answer_wait, let_all_go, open_events, serve_event
@@ -30,6 +31,7 @@ from qtfs_server.policy cimport ALLOW_MOUNT, path_place, place, count_denial
 from qtfs_server.request cimport HANDED_OVER, SCRATCH_BYTES
 from qtfs_server.nodes cimport node_pin, node_unpin, root_enter
 from qtfs_server.session cimport node, session, session_new, session_unref, set_farewell
+from qtfs_server.splicing cimport pipe_drop, pipe_make
 from qtfs_server.streams cimport stop_watching_streams, watch_streams
 from qtfs_server.worker cimport BUFFER_BYTES, worker
 from qtfs_server cimport descriptors as descriptors_module
@@ -79,15 +81,13 @@ cdef extern from "<sys/socket.h>" nogil:
         SHUT_RDWR
     int accept4(int, void *, void *, int)
 
-cdef extern from "<sched.h>" nogil:
-    int sched_yield()
-
 cdef extern from "<unistd.h>" nogil:
     ssize_t write(int, const void *, size_t)
     int usleep(unsigned int)
 
 cdef enum:
     SPIN_US = 200                   # how long to look for the next request; below 100 it costs more than it gains
+    SHARED_TURNS = 64               # until we look for another processor; a client moves sooner, and may have to
     SPIN_CREDIT = 16                # fruitless spins until a worker stops spinning for a while
     PARTIAL_WAIT_US = 10000         # how long workers wait for the rest of a message that is on its way
     EXECUTING_POLL_US = 1000
@@ -99,6 +99,7 @@ log = logging.getLogger(__name__)
 cdef pthread_mutex_t _connections_guard
 cdef connection *_connections = NULL
 cdef int32_t _connection_count = 0
+cdef uint64_t _copied = 0                 # by connections that have ended, under the guard
 cdef int32_t _spinning = 0
 cdef int32_t _spinning_at_most = 1
 pthread_mutex_init(&_connections_guard, NULL)
@@ -131,8 +132,9 @@ cdef connection *_connection_new(int fd, const listener *from_) noexcept nogil:
 
 
 cdef void _unlist(connection *c) noexcept nogil:
-    global _connections
+    global _connections, _copied
     pthread_mutex_lock(&_connections_guard)
+    _copied += c.ch.copied
     if c.previous != NULL:
         c.previous.next = c.next
     else:
@@ -179,7 +181,8 @@ cdef int _serve_slot(Server server, worker *w, connection *c, const message *msg
     cdef size_t size = 0
     cdef int result = SLOT_BUSY
     while True:
-        result = execute_in_slot(c.s, c.slot, &w.me, w.scratch, &w.count, msg, out, room, &size)
+        result = execute_in_slot(c.s, c.slot, &w.me, w.scratch, &w.count, msg, out, room,
+                                 &w.pipe if c.ch.ring == NULL else NULL, &size)
         if result != SLOT_BUSY or c.s.slot_table[c.slot].connection != c:
             break
         if is_errand(msg.head.op) and _join(server, c, msg) == HANDED_OVER:
@@ -191,7 +194,16 @@ cdef int _serve_slot(Server server, worker *w, connection *c, const message *msg
     if result < 0:
         return -EPROTO
     c.ch.ops.release(&c.ch)
-    return c.ch.ops.commit(&c.ch, size, NULL, 0)
+    return c.ch.ops.commit(&c.ch, size, NULL, 0) if w.pipe.bytes == 0 else _commit_from_pipe(w, c, size)
+
+
+cdef int _commit_from_pipe(worker *w, connection *c, size_t size) noexcept nogil:
+    """Send a reply whose body is in the worker's pipe. As commit."""
+    cdef int status = commit_from_pipe(&c.ch, size, w.pipe.ends[0], w.pipe.bytes)
+    w.pipe.bytes = 0
+    if status < 0 and status != -EAGAIN:
+        pipe_drop(&w.pipe)
+    return status
 
 
 cdef int _join(Server server, connection *c, const message *msg) noexcept with gil:
@@ -213,14 +225,16 @@ cdef bint _may_spin(worker *w) noexcept nogil:
 
 cdef int _spin(worker *w, connection *c, message *msg) noexcept nogil:
     """Look for the next request for a while; the result of the last receive."""
-    cdef int64_t deadline
+    cdef int64_t now = now_us()
+    cdef int64_t deadline = now + SPIN_CAP_US
     cdef int found = 0
-    if not _may_spin(w):
+    if not spin_begin(&w.spinner, now) or not _may_spin(w):
         return 0
-    deadline = now_us() + SPIN_US
-    while found == 0 and now_us() < deadline:
-        sched_yield()               # somebody else's turn comes first
+    while found == 0 and w.spinner.spent_us < SPIN_US and now < deadline:
+        now = spin_turn(&w.spinner, now)
         found = c.ch.ops.receive(&c.ch, msg)
+    if spin_shares(&w.spinner, SHARED_TURNS, now):
+        move_away()
     atomic_add_int(&_spinning, -1)
     if found == 1:
         w.spin_credit = SPIN_CREDIT
@@ -542,6 +556,8 @@ cdef class Server:
         if error < 0:
             raise OSError(-error, os.strerror(-error))
         self.workers.append(<size_t>w)
+        if pipe_make(&w.pipe):
+            descriptors_module.descriptor_limit -= 2
         with nogil:
             _work(self, w)
 
@@ -776,7 +792,9 @@ cdef class Server:
         pthread_mutex_unlock(&_connections_guard)
 
     def figures(self) -> dict[str, object]:
-        """Counters since the start: requests and errors by operation, sessions with what they hold, descriptors."""
+        """Counters since the start: requests and errors by operation, sessions with what they hold, descriptors, and `copied`:
+        bytes of messages that went through buffers of ours.
+        """
         cdef worker *w
         cdef session *s
         requests: dict[str, int] = {}
@@ -797,7 +815,20 @@ cdef class Server:
             sessions.append({"id": f"{s.id:016x}", "nodes": s.nodes_used, "handles": s.handles_used,
                              "connections": s.connections, "mounts": self.carrier.mounts_of(s.id)})
         return {"requests": requests, "errors": errors, "malformed": malformed, "repeated": repeated,
-                "sessions": sessions, "connections": _connection_count, "descriptors": descriptors_module.descriptors}
+                "sessions": sessions, "connections": _connection_count, "copied": _bytes_copied(), "descriptors": descriptors_module.descriptors}
+
+
+cdef uint64_t _bytes_copied() noexcept:
+    cdef connection *c
+    cdef uint64_t total
+    pthread_mutex_lock(&_connections_guard)
+    total = _copied
+    c = _connections
+    while c != NULL:
+        total += c.ch.copied
+        c = c.next
+    pthread_mutex_unlock(&_connections_guard)
+    return total
 
 
 cdef uint32_t _max_payload(const connection *c) noexcept:

@@ -17,28 +17,73 @@ cdef enum:
     NO_INDEX = 0                    # index 0 of both tables is never given out
 
 cdef enum:                          # node.flags
-    NODE_IN_USE = 1
-    NODE_RECENT = 2                 # used since the eviction hand last came by
-    NODE_REVIVE_BY_PATH = 4         # node.revive is a path, not a file handle
-    NODE_PATHLESS = 8               # opened by file handle: the kernel may not know its path
-    NODE_WARM = 16                  # used since the last look at those that hold mounts
-    NODE_LISTED = 32                # its index stands in session.holders; it belongs to the index, not to the node
+    NODE_RECENT = 1                 # used since the eviction hand last came by
+    NODE_REVIVE_BY_PATH = 2         # node.revive is a path, not a file handle
+    NODE_PATHLESS = 4               # opened by file handle: the kernel may not know its path
+    NODE_WARM = 8                   # used since the last look at those that hold mounts
     NODE_USED = NODE_RECENT | NODE_WARM
 
-cdef struct node:
+cdef struct node:                   # one that is in use, has its descriptor, or cannot be folded
     uint64_t ino
     uint64_t lookups                # what the client's kernel still has to forget
     uint64_t seen                   # signature of the attributes the client last got
     uint8_t *revive                 # while fd is -1: struct file_handle or path to open it again
+    node *next_open                 # ring of those that have their descriptor
+    node *previous_open
     int32_t fd                      # O_PATH
-    uint32_t generation
-    uint32_t next                   # in its hash chain, or in the free list
+    uint32_t index                  # of its record
     uint32_t handles                # open ones; they keep the node, not its descriptor
     uint16_t pins
     uint16_t device                 # index into session.devices
     uint16_t type                   # S_IFMT bits
     uint16_t flags
     place where
+
+cdef enum:                          # in record.stamp, below the generation
+    RECORD_IN_USE = 1
+    RECORD_AWAKE = 2                # there is a node
+    RECORD_LISTED = 4               # its index stands in session.holders; it belongs to the index, not to the node
+    RECORD_FLAGS = 7
+    GENERATION_SHIFT = 3
+    GENERATIONS = 0x1fffffff        # the bits above are for aliases, and for clients to mark nodes of their own
+
+cdef union record_body:
+    node *awake
+    uint64_t seen                   # node.seen of a folded one
+
+cdef struct record:                 # of every node; all there is of a folded one. There may be millions: 32 bytes
+    uint64_t ino
+    record_body body
+    uint32_t next                   # in its hash chain, or in the free list
+    uint32_t stamp                  # generation and RECORD_*
+    uint32_t own                    # of a folded one: the part of its file handle that nothing else tells
+    uint16_t shape                  # of a folded one: index into session.shapes
+    uint16_t lookups                # of a folded one
+
+cdef enum:
+    SHAPE_WORDS = 6                 # longest file handle of a folded node, in words of 4 bytes; that of btrfs
+    SHAPE_CHAINS = 256
+    MAX_SHAPES = 4096
+
+cdef enum:                          # shape_key.kinds: what a word of a file handle is
+    WORD_CONSTANT = 0
+    WORD_INO_LOW = 1
+    WORD_INO_HIGH = 2
+    WORD_OWN = 3
+
+cdef struct shape_key:
+    place where
+    int32_t handle_type
+    uint32_t constants[SHAPE_WORDS]
+    uint8_t kinds[SHAPE_WORDS]
+    uint16_t words
+    uint16_t device
+    uint16_t type
+
+cdef struct shape:                  # what many folded nodes have in common
+    shape_key key
+    uint32_t users                  # folded nodes
+    uint16_t next                   # in its chain, or in the free list
 
 cdef enum:                          # handle.flags
     HANDLE_IN_USE = 1
@@ -73,6 +118,7 @@ cdef struct device:                 # one mount of the server, as far as this se
     bint uncached                   # a pseudo file system
     bint warm                       # mount_fd was used since the last look
     bint known                      # was there when the mount table was last asked for
+    bint reopens                    # a file of it was opened by its file handle
     bint gone                       # unmounted: the entry serves again once no node lies on it
 
 cdef struct slot:
@@ -113,12 +159,19 @@ cdef struct session:
     uint32_t slots
     slot *slot_table
     uint32_t salt                   # generations begin here: ids of different sessions never meet
-    node **node_chunks
-    uint32_t node_count             # indexes below this were given out once
-    uint32_t node_free
+    record **record_chunks
+    uint32_t record_count           # indexes below this were given out once
+    uint32_t record_free
     uint32_t nodes_used
+    node **node_chunks
+    uint32_t node_count             # nodes that were given out once
+    node *spare_nodes               # given back, by next_open
     uint32_t open_nodes             # those that have their descriptor
-    uint32_t hand                   # of the eviction clock
+    node *hand                      # of the eviction clock, in their ring; NULL: there is none
+    shape *shapes
+    uint32_t shape_count            # indexes below this were given out once
+    uint16_t shape_free
+    uint16_t shape_chains[SHAPE_CHAINS]
     uint32_t *buckets
     uint32_t bucket_mask
     handle **handle_chunks
@@ -142,6 +195,8 @@ cdef void session_unref(session *s) noexcept nogil
 cdef void set_farewell(session_function farewell) noexcept nogil
 cdef session *session_fullest() noexcept nogil
 cdef session *session_after(session *s) noexcept nogil
-cdef node *node_at(session *s, uint32_t index) noexcept nogil
+cdef record *record_at(session *s, uint32_t index) noexcept nogil
+cdef node *node_new_locked(session *s) noexcept nogil
+cdef void node_free_locked(session *s, node *n) noexcept nogil
 cdef handle *handle_at(session *s, uint32_t index) noexcept nogil
 cdef void **grown_chunks(void **chunks, uint32_t count, size_t item_bytes) noexcept nogil

@@ -1,9 +1,10 @@
 """Life of a session, and the chunked tables its nodes and handles are kept in."""
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, realloc
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memset
+from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap, munmap
 
-from qtfs_server.descriptors cimport close_counted
+from qtfs_server.descriptors cimport close_counted, close_node
 from qtfs_server.includes.linux cimport atomic_add_int, pthread_mutex_destroy, pthread_mutex_init, \
     pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock
 
@@ -18,9 +19,9 @@ pthread_mutex_init(&_all_guard, NULL)
 
 # ---- tables ------------------------------------------------------------------------------------------------------
 
-cdef node *node_at(session *s, uint32_t index) noexcept nogil:
-    """The node of an index below node_count."""
-    return &s.node_chunks[index // CHUNK][index % CHUNK]
+cdef record *record_at(session *s, uint32_t index) noexcept nogil:
+    """The record of an index below record_count."""
+    return &s.record_chunks[index // CHUNK][index % CHUNK]
 
 
 cdef handle *handle_at(session *s, uint32_t index) noexcept nogil:
@@ -29,19 +30,56 @@ cdef handle *handle_at(session *s, uint32_t index) noexcept nogil:
 
 
 cdef void **grown_chunks(void **chunks, uint32_t count, size_t item_bytes) noexcept nogil:
-    """Make room for item `count` of a chunked table. The table, moved perhaps, or NULL: then the old one is good."""
+    """Make room for item `count` of a chunked table. The table, moved perhaps, or NULL: then the old one is good.
+
+    Chunks are mapped, not malloc'ed: all of a large table goes back to the system when its session ends.
+    """
     cdef uint32_t chunk = count // CHUNK
     cdef void **larger
     cdef void *fresh
     if chunks != NULL and count % CHUNK != 0:
         return chunks
-    fresh = calloc(CHUNK, item_bytes)
-    larger = <void **>realloc(chunks, (chunk + 1) * sizeof(void *)) if fresh != NULL else NULL
+    fresh = mmap(NULL, CHUNK * item_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+    if fresh == MAP_FAILED:
+        return NULL
+    larger = <void **>realloc(chunks, (chunk + 1) * sizeof(void *))
     if larger == NULL:
-        free(fresh)
+        munmap(fresh, CHUNK * item_bytes)
         return NULL
     larger[chunk] = fresh
     return larger
+
+
+cdef void _free_chunks(void **chunks, uint32_t count, size_t item_bytes) noexcept nogil:
+    cdef uint32_t i
+    for i in range((count + CHUNK - 1) // CHUNK):
+        if chunks != NULL:
+            munmap(chunks[i], CHUNK * item_bytes)
+    free(chunks)
+
+
+cdef node *node_new_locked(session *s) noexcept nogil:
+    """A node of zeros, or NULL. Not malloc's: nodes come and go in all threads, and would leave holes in its arenas."""
+    cdef node *n = s.spare_nodes
+    cdef node **chunks
+    if n == NULL:
+        chunks = <node **>grown_chunks(<void **>s.node_chunks, s.node_count, sizeof(node))
+        if chunks == NULL:
+            return NULL
+        s.node_chunks = chunks
+        n = &chunks[s.node_count // CHUNK][s.node_count % CHUNK]
+        s.node_count += 1
+    else:
+        s.spare_nodes = n.next_open
+    memset(n, 0, sizeof(node))
+    return n
+
+
+cdef void node_free_locked(session *s, node *n) noexcept nogil:
+    """Give a node back, with what it keeps to be opened again; its descriptor is closed."""
+    free(n.revive)
+    n.next_open = s.spare_nodes
+    s.spare_nodes = n
 
 
 # ---- life --------------------------------------------------------------------------------------------------------
@@ -63,7 +101,7 @@ cdef session *session_new(uint64_t id, const uint8_t *secret, uint32_t salt, uin
     memcpy(s.secret, secret, sizeof(s.secret))
     s.salt = salt
     s.slots = slots
-    s.node_count = s.handle_count = 1
+    s.record_count = s.shape_count = s.handle_count = 1
     s.references = 1
     s.outbox_end = &s.outbox
     pthread_mutex_init(&s.guard, NULL)
@@ -75,15 +113,14 @@ cdef session *session_new(uint64_t id, const uint8_t *secret, uint32_t salt, uin
 cdef void _free_nodes(session *s) noexcept nogil:
     cdef uint32_t i
     cdef node *n
-    for i in range(1, s.node_count):
-        n = node_at(s, i)
-        if n.flags & NODE_IN_USE:
-            close_counted(n.fd)
+    for i in range(1, s.record_count):
+        if record_at(s, i).stamp & RECORD_AWAKE:
+            n = record_at(s, i).body.awake
+            close_node(n.fd)
             free(n.revive)
-    for i in range((s.node_count + CHUNK - 1) // CHUNK):
-        if s.node_chunks != NULL:
-            free(s.node_chunks[i])
-    free(s.node_chunks)
+    _free_chunks(<void **>s.node_chunks, s.node_count, sizeof(node))
+    _free_chunks(<void **>s.record_chunks, s.record_count, sizeof(record))
+    free(s.shapes)
 
 
 cdef void _free_handles(session *s) noexcept nogil:
@@ -91,10 +128,7 @@ cdef void _free_handles(session *s) noexcept nogil:
     for i in range(1, s.handle_count):
         if handle_at(s, i).flags & HANDLE_IN_USE:
             close_counted(handle_at(s, i).fd)
-    for i in range((s.handle_count + CHUNK - 1) // CHUNK):
-        if s.handle_chunks != NULL:
-            free(s.handle_chunks[i])
-    free(s.handle_chunks)
+    _free_chunks(<void **>s.handle_chunks, s.handle_count, sizeof(handle))
 
 
 cdef void _session_free(session *s) noexcept nogil:

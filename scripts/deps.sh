@@ -21,13 +21,13 @@ packages() { # GROUP FAMILY
         strace procps ;;
     deb:test) echo git rsync sqlite3 fio stress-ng tar make perl gettext-base autoconf automake libtool e2fsprogs \
         qemu-system-x86 busybox-static cpio ;;
-    deb:bench) echo sshfs openssh-sftp-server ;;
+    deb:bench) echo sshfs openssh-sftp-server fio git tar ;;
     deb:python) echo python3-venv python3-dev ;;
     rpm:build) echo gcc glibc-devel pkgconf fuse3 fuse3-devel fuse-devel acl attr util-linux iproute kmod strace \
         procps-ng ;;
     rpm:test) echo git rsync sqlite fio stress-ng tar make perl gettext autoconf automake libtool e2fsprogs \
         qemu-system-x86 busybox cpio ;;
-    rpm:bench) echo fuse-sshfs openssh-server ;;
+    rpm:bench) echo fuse-sshfs openssh-server fio git tar ;;
     rpm:python) if rpm_python3_is_old; then echo python3.11 python3.11-pip python3.11-devel; else
         echo python3 python3-pip python3-devel; fi ;;
     *) die "no packages known for '$1'" ;;

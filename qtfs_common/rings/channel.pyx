@@ -120,6 +120,7 @@ cdef int _take(channel *ch, ring_end *e, uint64_t there, message *out) noexcept 
     if out.head.length > ch.inbox_bytes:
         return -EMSGSIZE
     memcpy(ch.inbox, e.area + at + sizeof(header), out.body_bytes)
+    ch.copied += out.body_bytes
     out.body = ch.inbox
     e.head += whole
     return 1 if not is_lost(e.memory) else -ECONNRESET     # what was copied may be the zeros of a bus error
@@ -158,9 +159,8 @@ cdef bint _place(ring_end *e, uint64_t size, uint64_t *skip) noexcept nogil:
     cdef uint64_t at = e.tail % e.out_bytes
     cdef uint64_t whole = _aligned(size)
     cdef uint64_t room = _free_bytes(e)
-    # To begin anew is not worth waiting for, and an empty ring gets no emptier.
-    skip[0] = e.out_bytes - at if at + whole > e.out_bytes or \
-        at >= max(<uint64_t>RESTART_BYTES, whole) and room == e.out_bytes else 0
+    cdef uint64_t rest = e.out_bytes - at
+    skip[0] = rest if whole > rest or at >= RESTART_BYTES and room == e.out_bytes and rest + whole <= room else 0
     return skip[0] + whole <= room
 
 
@@ -185,7 +185,7 @@ cdef void _publish(channel *ch, ring_end *e, uint64_t size) noexcept nogil:
 
 cdef uint8_t *_ring_reserve(channel *ch, size_t size, bint bulk) noexcept nogil:
     cdef ring_end *e = _end(ch)
-    cdef uint64_t skip
+    cdef uint64_t skip = 0
     e.direct = 0
     if size > ch.largest:
         return NULL
@@ -199,7 +199,7 @@ cdef int _send_parts(channel *ch, ring_end *e, const uint8_t *first, size_t firs
                      size_t second_bytes) noexcept nogil:
     """A message in two parts: 0, -EAGAIN: there is no room yet, or -EMSGSIZE."""
     cdef uint64_t size = first_bytes + second_bytes
-    cdef uint64_t skip
+    cdef uint64_t skip = 0
     cdef uint8_t *at
     if size > ch.largest:
         return -EMSGSIZE
@@ -222,6 +222,7 @@ cdef int _ring_flush(channel *ch) noexcept nogil:
         return -ECONNRESET
     status = _send_parts(ch, e, ch.unsent[0], ch.unsent_bytes[0], ch.unsent[1], ch.unsent_bytes[1])
     if status == 0:
+        ch.copied += ch.unsent_bytes[0] + ch.unsent_bytes[1]
         ch.unsent_bytes[0] = ch.unsent_bytes[1] = 0
         free(ch.kept_output)
         ch.kept_output = NULL
@@ -260,7 +261,7 @@ cdef ssize_t _ring_put(channel *ch, const uint8_t *data, size_t size) noexcept n
 
 cdef int _ready(channel *ch, ring_end *e, int want) noexcept nogil:
     """Which of what is wanted (WAIT_*) can be had now."""
-    cdef uint64_t skip
+    cdef uint64_t skip = 0
     cdef uint64_t unsent = ch.unsent_bytes[0] + ch.unsent_bytes[1]
     cdef int result = 0
     if _is_over(e):
@@ -473,7 +474,7 @@ cdef class RingConnection(Connection):
 
     def listen_for_bell(self, double timeout_s) -> None:
         """Sleep until the engine rings."""
-        cdef bint woken
+        cdef bint woken = False
         cdef int64_t timeout_us = <int64_t>(timeout_s * 1e6)
         with nogil:
             poll_socket(&self.ch, POLLIN, -1, timeout_us, &woken)

@@ -14,7 +14,7 @@ from qtfs_server.includes.linux cimport AT_FDCWD, O_CLOEXEC, O_DIRECTORY, O_NONB
 from qtfs_server.policy cimport ALLOW_LOOK, ALLOW_READDIR, child_place, may_hide_names, place
 from qtfs_server.request cimport MALFORMED, SCRATCH_BYTES, as_caller, request
 from qtfs_server.attributes cimport lies_on_pseudo
-from qtfs_server.descriptors cimport descriptors_short, proc_path
+from qtfs_server.descriptors cimport proc_path
 from qtfs_server.handles cimport handle_new, handle_pin, handle_unpin
 from qtfs_server.nodes cimport node_allowed, node_enter, node_hold, node_pin, node_unpin
 from qtfs_server.session cimport HANDLE_DIRECTORY, HANDLE_NAMES_ONLY, handle, node
@@ -80,10 +80,10 @@ cdef size_t _put(request *r, handle *h, bint plus, const linux_dirent64 *d, size
         return 0
     memset(at, 0, fixed)
     memset(at + size - 8, 0, 8)
-    # On a pseudo file system, without a descriptor to spare, without search permission, or in a repetition (whose first run
-    # has counted already) an entry is its name only: the client looks it up.
-    if plus and not h.flags & HANDLE_NAMES_ONLY and not r.repeated and not _is_dot(name) and not descriptors_short():
-        if node_enter(r.s, h.node, name, name_bytes, <entry *>at) < 0:
+    # On a pseudo file system, without a descriptor to spare where one is needed, without search permission, or in a
+    # repetition (whose first run has counted already) an entry is its name only: the client looks it up.
+    if plus and not h.flags & HANDLE_NAMES_ONLY and not r.repeated and not _is_dot(name):
+        if node_enter(r.s, h.node, name, name_bytes, True, <entry *>at) < 0:
             memset(at, 0, sizeof(entry))
     _put_name(at + fixed - sizeof(direntry), d, name, name_bytes, <uint64_t>h.node.device << 48)
     return size

@@ -30,6 +30,7 @@ from qtfs_server.nodes cimport child_allowed, node_allowed, node_enter, node_ent
     node_unpin
 from qtfs_server.session cimport HANDLE_APPEND, HANDLE_POLLABLE, HANDLE_STREAM, HANDLE_WRITABLE, handle, node, \
     session
+from qtfs_server.splicing cimport SPLICE_BYTES, pipe_fill
 
 cdef extern from "<unistd.h>" nogil:
     enum:
@@ -190,7 +191,7 @@ cdef int _open_existing(request *r, node *parent, const char *name, size_t name_
     """CREATE of a name that another machine made first: open what is there, if it is a regular file."""
     cdef create_request *body = <create_request *>r.body
     cdef node *n = NULL
-    cdef int error = node_enter(r.s, parent, name, name_bytes, &out.made)
+    cdef int error = node_enter(r.s, parent, name, name_bytes, False, &out.made)
     act_as_root(r.me)
     if error == 0:
         error = node_pin(r.s, out.made.node, &n)
@@ -301,6 +302,9 @@ cdef int op_read(request *r) noexcept nogil:
         error = read_stream(r, h, body)
     elif error == 0 and body.size > r.reply_room:
         error = -EMSGSIZE
+    elif error == 0 and r.pipe != NULL and body.size >= SPLICE_BYTES and not h.flags & HANDLE_POLLABLE and \
+            pipe_fill(r.pipe, h.fd, body.size, body.offset):
+        r.reply_bytes = r.pipe.bytes
     elif error == 0:
         got = _read(h, r.reply, body.size, body.offset)
         error = _transfer_error(-errno) if got < 0 else 0

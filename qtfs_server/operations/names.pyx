@@ -36,7 +36,7 @@ cdef int op_lookup(request *r) noexcept nogil:
     if error < 0:
         return error
     as_caller(r)
-    error = node_enter(r.s, parent, name, r.body_bytes, <entry *>r.reply)
+    error = node_enter(r.s, parent, name, r.body_bytes, False, <entry *>r.reply)
     node_unpin(r.s, parent)
     r.reply_bytes = sizeof(entry)
     return error
@@ -82,7 +82,7 @@ cdef int _finish_made(request *r, int result, node *parent, const char *name, si
     cdef int error = -errno if result < 0 else 0
     umask(0)
     if error == 0:
-        error = node_enter(r.s, parent, name, name_bytes, <entry *>r.reply)
+        error = node_enter(r.s, parent, name, name_bytes, False, <entry *>r.reply)
     node_unpin(r.s, parent)
     r.reply_bytes = sizeof(entry)
     return error

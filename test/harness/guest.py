@@ -3,6 +3,12 @@
     result = run_in_guest("uname -r; exit 3", scratch=tmp_path, timeout_s=60)
     result.status == 3, result.output == "6.1.0-...\\n"
 
+    guest = Guest(tmp_path, devices=ivshmem(tmp_path / "bar", 64 << 20))
+    with guest.booted(". /run/guest/functions; echo ready at $(find_ivshmem); await go; echo gone") as boot:
+        boot.wait_for_text("ready", timeout_s=60)
+        boot.tell("go")
+        boot.result(timeout_s=60).check()
+
 The guest is emulated (no KVM), so it starts anywhere in some 5 s and runs several times slower than this machine. Its
 root is this machine's ``/``, read-only over 9p, under an overlay in the guest's memory: it sees this checkout and the
 tools at their usual places and can change nothing. ``/tmp`` in it is an ext4 of its own, and the script's directory
@@ -10,7 +16,8 @@ tools at their usual places and can change nothing. ``/tmp`` in it is an ext4 of
 
 Flow: QEMU loads kernel and initrd; the initrd's ``/init`` loads modules, mounts, and switches to ``/run/guest/stage2``;
 that runs ``/run/guest/script``, writes its exit status and powers off. A panic ends QEMU (``panic=-1 -no-reboot``), a
-hang runs into the timeout; both raise GuestError with the tail of console and output.
+hang runs into the timeout; both raise GuestError with the tail of console and output. A Guest can be booted again, also
+after its QEMU was killed: its disk and the shared directory stay.
 """
 
 from __future__ import annotations
@@ -31,6 +38,9 @@ BOOT_MODULES = ("virtio_pci", "9pnet_virtio", "9p", "overlay")
 #: Where the script's directory is in the guest.
 INSIDE = "/run/guest"
 _TAIL_LINES = 40
+_KILL_TIMEOUT_S = 20.0
+# lsm: Linux 6.1 with an empty bpf module lets users without capabilities write security.* attributes.
+_KERNEL_ARGUMENTS = "console=ttyS0 panic=-1 oops=panic loglevel=5 random.trust_cpu=on mitigations=off lsm=capability"
 
 _INIT = """#!/bin/busybox sh
 set -e
@@ -85,6 +95,21 @@ sync
 busybox poweroff -f
 """
 
+#: Beside the script, for scripts.
+_FUNCTIONS = """
+await() { # WORD: until Boot.tell says it
+    until [ -e "@INSIDE@/told.$1" ]; do sleep 0.05; done
+}
+find_ivshmem() { # prints the bus, device and function of the PCI device
+    for device in /sys/bus/pci/devices/*; do
+        [ "$(cat "$device/vendor" "$device/device" | tr -d '\\n')" = 0x1af40x1110 ] || continue
+        echo "${device##*/}"
+        return
+    done
+    return 1
+}
+"""
+
 
 class GuestError(Exception):
     """The guest gave no exit status; says how it ended and shows the tail of what it wrote."""
@@ -108,6 +133,34 @@ class GuestResult:
         if self.status != 0:
             raise GuestError(f"the script in the guest ended with {self.status}\n{self.output}\n{_tail(self.console)}")
         return self
+
+
+@dataclass(frozen=True)
+class _Files:
+    """Where things of a guest are."""
+
+    scratch: Path
+
+    @property
+    def job(self) -> Path:
+        return self.scratch / "job"
+
+    @property
+    def output(self) -> Path:
+        return self.job / "output"
+
+    @property
+    def status(self) -> Path:
+        return self.job / "status"
+
+    @property
+    def console(self) -> Path:
+        return self.scratch / "console"
+
+    @property
+    def log(self) -> Path:
+        """QEMU's own."""
+        return self.scratch / "qemu"
 
 
 @dataclass(frozen=True)
@@ -135,40 +188,105 @@ def find_kernel() -> Kernel:
     return Kernel(image, modules)
 
 
-def run_in_guest(
-    script: str,
-    scratch: Path,
-    timeout_s: float,
-    *,
-    cores: int = 2,
-    memory_mib: int = 2048,
-    qemu_arguments: Sequence[str] = (),
-) -> GuestResult:
-    """Boot a guest, run the shell script as root in it with this checkout as its directory, and power it off.
+def ivshmem(path: Path, size_bytes: int) -> list[str]:
+    """QEMU's arguments for a PCI device whose BAR 2 is a file of this machine, made if need be. A power of two."""
+    backend = f"memory-backend-file,id=bar,share=on,mem-path={str(path).replace(',', ',,')},size={size_bytes}"
+    return ["-object", backend, "-device", "ivshmem-plain,memdev=bar"]
 
-    ``scratch`` is an empty directory for initrd, disk and what is shared; ``qemu_arguments`` add devices. Raises
-    GuestError if the guest crashes or is not done in time, GuestUnavailable if there is nothing to boot.
+
+class Boot:
+    """A guest that runs a script."""
+
+    def __init__(self, process: subprocess.Popen[bytes], files: _Files) -> None:
+        self._process = process
+        self._files = files
+        self._begun = time.monotonic()
+
+    def wait_for_text(self, text: str, timeout_s: float) -> None:
+        """Until the script has printed this. Raises GuestError if the guest ends before, or time is over."""
+        deadline = time.monotonic() + timeout_s
+        while text not in _read(self._files.output):
+            ended = self._process.poll() is not None
+            if (ended and text not in _read(self._files.output)) or time.monotonic() > deadline:
+                raise self._failure(f"did not say {text!r}: it {'ended' if ended else 'still runs'}")
+            time.sleep(0.05)
+
+    def tell(self, word: str) -> None:
+        """Let `await WORD` of the script return."""
+        (self._files.job / f"told.{word}").touch()
+
+    def kill(self) -> None:
+        """The power goes off: nothing is written, nobody is told."""
+        self._process.kill()
+        self._process.wait(_KILL_TIMEOUT_S)
+
+    def result(self, timeout_s: float) -> GuestResult:
+        """What came of the script, once the guest has powered off."""
+        try:
+            status = self._process.wait(timeout_s)
+            ended = f"stopped (QEMU's status {status}: {_read(self._files.log).strip() or 'no message'})"
+        except subprocess.TimeoutExpired:
+            self.kill()
+            ended = f"was not done after {timeout_s:.0f} s"
+        if not (said := _read(self._files.status).strip()):
+            raise self._failure(ended)
+        output, console = _read(self._files.output), _read(self._files.console)
+        return GuestResult(int(said), output, console, time.monotonic() - self._begun)
+
+    def _failure(self, ended: str) -> GuestError:
+        output, console = _tail(_read(self._files.output)), _tail(_read(self._files.console))
+        return GuestError("\n".join((f"the guest {ended}", "--- output", output, "--- console", console)))
+
+
+class Guest:
+    """What can be booted, and again: initrd, disk, and the directory `job` that both machines see."""
+
+    def __init__(
+        self, scratch: Path, *, cores: int = 2, memory_mib: int = 2048, devices: Sequence[str] = ()
+    ) -> None:
+        """``scratch`` is an empty directory; ``devices`` are further arguments of QEMU.
+
+        Raises GuestUnavailable if there is nothing to boot.
+        """
+        self._kernel = find_kernel()
+        self._files = _Files(scratch)
+        self.job = self._files.job
+        self.job.mkdir()
+        (self.job / "stage2").write_text(_filled(_STAGE2, self._kernel))
+        (self.job / "functions").write_text(_filled(_FUNCTIONS, self._kernel))
+        self._initrd, self._disk = _initrd(self._kernel, scratch), _disk(scratch)
+        self._options = ["-smp", str(cores), "-m", f"{memory_mib}M", *devices]
+
+    @contextlib.contextmanager
+    def booted(self, script: str) -> Iterator[Boot]:
+        """Boot, and run the shell script as root with this checkout as its directory. At the end QEMU is killed."""
+        for old in (self._files.status, self._files.output, *self.job.glob("told.*")):
+            old.unlink(missing_ok=True)
+        (self.job / "script").write_text(script)
+        with _started(self._command(), self._files.log) as process:
+            yield Boot(process, self._files)
+
+    def _command(self) -> list[str]:
+        return [
+            *("setpriv", "--pdeathsig", "KILL", "qemu-system-x86_64", "-nodefaults", "-no-user-config"),
+            *("-display", "none", "-accel", "tcg,thread=multi", "-cpu", "max", "-no-reboot", *self._options),
+            *("-kernel", str(self._kernel.image), "-initrd", str(self._initrd)),
+            *("-serial", f"file:{self._files.console}"),
+            *("-append", _KERNEL_ARGUMENTS),
+            *("-virtfs", _shared(Path("/"), "host") + ",readonly=on"),
+            *("-virtfs", _shared(CHECKOUT, "checkout") + ",readonly=on"),
+            *("-virtfs", _shared(self.job, "job")),
+            *("-drive", f"file={self._disk},if=virtio,format=raw,cache=unsafe"),
+        ]
+
+
+def run_in_guest(script: str, scratch: Path, timeout_s: float) -> GuestResult:
+    """Boot a guest, run the shell script in it, and power it off: see Guest.
+
+    Raises GuestError if the guest crashes or is not done in time, GuestUnavailable if there is nothing to boot.
     """
-    kernel = find_kernel()
-    job = scratch / "job"
-    job.mkdir()
-    (job / "script").write_text(script)
-    (job / "stage2").write_text(_filled(_STAGE2, kernel))
-    initrd, disk, console = _initrd(kernel, scratch), _disk(scratch), scratch / "console"
-    start = time.monotonic()
-    command = [
-        *("setpriv", "--pdeathsig", "KILL", "qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none"),
-        *("-accel", "tcg,thread=multi", "-cpu", "max", "-smp", str(cores), "-m", f"{memory_mib}M", "-no-reboot"),
-        *("-kernel", str(kernel.image), "-initrd", str(initrd), "-serial", f"file:{console}"),
-        *("-append", "console=ttyS0 panic=-1 oops=panic loglevel=5 random.trust_cpu=on mitigations=off"),
-        *("-virtfs", _shared(Path("/"), "host") + ",readonly=on"),
-        *("-virtfs", _shared(CHECKOUT, "checkout") + ",readonly=on"),
-        *("-virtfs", _shared(job, "job")),
-        *("-drive", f"file={disk},if=virtio,format=raw,cache=unsafe"),
-        *qemu_arguments,
-    ]
-    ended = _run_bounded(command, scratch / "qemu", timeout_s)
-    return _result(job, console, ended, time.monotonic() - start)
+    with Guest(scratch).booted(script) as boot:
+        return boot.result(timeout_s)
 
 
 # ---------------------------------------------------------------------------------------------------- what it boots
@@ -264,28 +382,9 @@ def _started(command: Sequence[str], log: Path) -> Iterator[subprocess.Popen[byt
         process.wait()
 
 
-def _run_bounded(command: Sequence[str], log: Path, timeout_s: float) -> str:
-    """How QEMU ended, in words for a person."""
-    with _started(command, log) as process:
-        try:
-            status = process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            return f"was not done after {timeout_s:.0f} s"
-    return f"stopped (QEMU's status {status}: {log.read_text(errors='replace').strip() or 'no message'})"
-
-
 def _read(path: Path) -> str:
     return path.read_text(errors="replace") if path.exists() else ""
 
 
 def _tail(text: str) -> str:
     return "\n".join(text.splitlines()[-_TAIL_LINES:])
-
-
-def _result(job: Path, console: Path, ended: str, seconds: float) -> GuestResult:
-    output, kernel_log = _read(job / "output"), _read(console)
-    status = _read(job / "status").strip()
-    if not status:
-        parts = (f"the guest {ended}", "--- output", _tail(output), "--- console", _tail(kernel_log))
-        raise GuestError("\n".join(parts))
-    return GuestResult(int(status), output, kernel_log, seconds)

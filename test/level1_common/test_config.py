@@ -25,6 +25,7 @@ pid_file = "/run/e.pid"
 run_dir = "/run/qtfs"
 key_file = "/etc/qtfs/key"
 grace = 2.5
+bar_layout = "channels=4,request=1M"
 port = 12345
 """
 
@@ -92,6 +93,7 @@ MISTAKES = [
     (ENGINE_SCHEMA, "grace = -1", 1, "grace: -1 is not a number of seconds"),
     (ENGINE_SCHEMA, "grace = nan", 1, "grace: nan is not a number of seconds"),
     (ENGINE_SCHEMA, "grace = inf", 1, "grace: inf"),
+    (ENGINE_SCHEMA, 'bar_layout = "channels=0"', 1, "channels=0: not a number from 1 to 1024"),
     (ENGINE_SCHEMA, "port = 65536", 1, "port: 65536 is not between 0 and 65535"),
     (ENGINE_SCHEMA, "port = 65536", 1, "port: 65536"),
     (CLIENT_SCHEMA, 'server = "nowhere"', 1, "'nowhere'"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import stat
 import subprocess
 from collections.abc import Callable, Iterator
@@ -20,6 +21,9 @@ from qtfs_common.whitelist import Type
 UNCACHED, SUBMOUNT = 1, 2
 FILES = 20_000
 RESERVED = 64
+#: What the engine's nodes keep together at most.
+NODE_DESCRIPTORS = 16_384
+CHANGED = 2
 
 
 def refusal(call: Callable[..., object], *arguments: object, **options: object) -> int:
@@ -277,19 +281,98 @@ def test_every_type_of_node_comes_back(pressed: tuple[EngineProcess, Session, Pa
     assert session.readlink(held[share / "link"]) == b"target"
 
 
-def test_a_listing_with_attributes_goes_without_them_when_descriptors_are_short(
-    pressed: tuple[EngineProcess, Session, Path],
-) -> None:
-    _, session, share = pressed
-    for number in range(300):
-        (share / str(number)).touch()
-    handle = session.opendir(ROOT)
-    found = list(session.entries(handle, 65536, plus=True))
-    assert {d.name for d in found} == {b".", b".."} | {b"%d" % number for number in range(300)}
-    for each in found:
-        if each.entry is not None:
-            assert each.entry.attr.ino == each.ino
+def listed(session: Session, directory: int) -> dict[bytes, int]:
+    """The nodes of a directory's entries; 0: only the name came. A lookup of each was counted."""
+    handle = session.opendir(directory)
+    found = {d.name: d.entry.node if d.entry else 0 for d in session.entries(handle, 65536, plus=True)}
     session.release(handle, op="RELEASEDIR")
+    assert found.pop(b".") == found.pop(b"..") == 0
+    return found
+
+
+def test_a_listing_with_attributes_needs_no_descriptors(pressed: tuple[EngineProcess, Session, Path]) -> None:
+    """Once the engine has seen that the file system's file handles work; the root is never put aside."""
+    engine, session, share = pressed
+    (share / "d").mkdir()
+    for number in range(300):
+        (share / "d" / str(number)).write_text(str(number))
+    os.link(share / "d/0", share / "d/again")
+    directory = session.lookup(ROOT, b"d").node
+    session.getattr(session.lookup(directory, b"0").node)
+    found = listed(session, directory)
+    assert set(found) == {b"again", *(b"%d" % number for number in range(300))}
+    assert found[b"again"] == found[b"0"] == session.lookup(directory, b"0").node
+    assert engine.descriptors() < RESERVED
+    for name, node in found.items():
+        assert content(session, node) == (b"0" if name == b"again" else name)
+        assert session.lookup(directory, name).node == node
+    session.forget(*((node, 2) for node in found.values()), (found[b"0"], 4))
+    session.forget((directory, 1))
+    assert nodes(engine) == 1
+
+
+def test_a_node_put_aside_knows_what_the_client_has_seen(pressed: tuple[EngineProcess, Session, Path]) -> None:
+    """Or each open(2) would cost the client its page cache."""
+    _, session, share = pressed
+    for name in ("a", "b"):
+        (share / name).write_text("text")
+    held = {name: session.lookup(ROOT, name.encode()).node for name in ("a", "b")}
+    for name in ("a", "b"):
+        opened = session.open(held[name])
+        assert not opened.flags & CHANGED
+        session.release(opened.handle)
+    (share / "a").write_text("other text")
+    assert session.open(held["a"]).flags & CHANGED
+
+
+def test_a_node_put_aside_keeps_its_place_in_the_whitelist(pressed: tuple[EngineProcess, Session, Path]) -> None:
+    engine, session, share = pressed
+    (share / "closed").mkdir()
+    (share / "open").mkdir()
+    for name in ("closed/f", "open/f"):
+        (share / name).write_text("text")
+    rules: dict[Type, list[Path]] = {kind: [share / "open"] for kind in (Type.OPEN, Type.READ)}
+    engine.reload({Type.MOUNT: [share], **rules})
+    closed, readable = session.walk("closed/f").node, session.walk("open/f").node
+    for _ in range(3):
+        assert content(session, readable) == b"text"
+        assert refusal(session.open, closed) == errno.EACCES
+
+
+def test_more_lookups_than_a_record_counts(pressed: tuple[EngineProcess, Session, Path]) -> None:
+    engine, session, share = pressed
+    (share / "d").mkdir()
+    (share / "d/0").write_text("text")
+    for number in range(1, 1000):
+        os.link(share / "d/0", share / "d" / str(number))
+    directory = session.lookup(ROOT, b"d").node
+    node = session.lookup(directory, b"0").node
+    session.getattr(directory)
+    assert set(listed(session, directory).values()) == {node}
+    for _ in range(66):
+        listed(session, directory)
+    session.forget((node, 67_000))
+    assert nodes(engine) == 3 and content(session, node) == b"text"
+    session.forget((node, 1))
+    assert nodes(engine) == 2
+
+
+@pytest.mark.parametrize("descriptors", [1024, 20_000])
+def test_nodes_that_nobody_uses_cost_little(crowd: Path, descriptors: int) -> None:
+    """Memory for a million of them is 34 bytes each, and however many descriptors there are, nodes do not keep all."""
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < descriptors:
+        pytest.skip(f"this process may not have {descriptors} descriptors")
+    with limited(crowd, descriptors, "small").running() as engine:
+        with Session(engine.address, crowd / "share") as session:
+            found = [listed(session, session.lookup(ROOT, b"%d" % number).node) for number in range(10)]
+            before = engine.resident_bytes()
+            found += [listed(session, session.lookup(ROOT, b"%d" % number).node) for number in range(10, 20)]
+            grown = engine.resident_bytes() - before
+            assert nodes(engine) > FILES - 1000
+            assert engine.descriptors() < min(descriptors, NODE_DESCRIPTORS + RESERVED)
+            if descriptors < FILES:
+                assert grown / (FILES / 2) < 80
+        wait_until(engine.is_idle, "the engine to let everything go")
 
 
 def test_file_systems_without_file_handles_are_opened_again_by_path(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import hashlib
 import os
 import pickle
 import signal
@@ -166,4 +167,4 @@ def _content(path: str, st: os.stat_result) -> Any:
     if st.st_size > 1 << 24:
         return "large"
     with open(path, "rb") as file:
-        return hash(file.read())
+        return hashlib.file_digest(file, "sha256").hexdigest()

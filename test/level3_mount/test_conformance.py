@@ -7,13 +7,9 @@ from typing import Any
 
 import llfuse_limits
 import pytest
-import scenarios_files
-import scenarios_names
-import scenarios_owners
-from kit import fallocate, in_child, outcome, tree
+from kit import in_child, tree
 from places import Place
-
-ALL = [*scenarios_names.SCENARIOS, *scenarios_files.SCENARIOS, *scenarios_owners.SCENARIOS]
+from scenarios import ALL, what_fuse_has_no_request_for
 
 
 def test_limits_are_of_scenarios_that_exist() -> None:
@@ -35,7 +31,5 @@ def test_as_on_the_backing_file_system(place: Place, scenario: Callable[[], Any]
 
 
 @pytest.mark.root
-@pytest.mark.parametrize("mode", [8, 32, 64], ids=["collapse", "insert", "unshare"])
-def test_what_fuse_has_no_request_for(place: Place, mode: int) -> None:
-    """The kernel's FUSE passes no other modes of fallocate(2) on, whatever the backing file system knows."""
-    assert in_child(lambda: outcome(fallocate, scenarios_files.fill("f"), mode, 0, 4096), str(place.there)) == "ENOTSUP"
+def test_what_fuse_has_no_request_for(place: Place) -> None:
+    assert in_child(what_fuse_has_no_request_for, str(place.there)) == ["ENOTSUP"] * 3

@@ -279,9 +279,20 @@ def _write_and_leave(path: Path, data: bytes) -> int:
     child = os.fork()
     if child == 0:
         with opened(path, os.O_WRONLY) as fd:
-            os.write(fd, data)
-        os._exit(0)
+            os._exit(0 if os.write(fd, data) == len(data) else 1)
     return child
+
+
+def _wait_for_no_reader(fifo: Path) -> None:
+    """The other side learns of a close a moment late; until then a writer would not wait for the next reader."""
+    for _ in range(1000):
+        try:
+            os.close(os.open(fifo, os.O_WRONLY | os.O_NONBLOCK))
+        except OSError as error:
+            assert error.errno == errno.ENXIO
+            return
+        time.sleep(0.01)
+    raise AssertionError("the reader is still there")
 
 
 @check
@@ -294,6 +305,7 @@ def fifos_join_all_sides(at: Places) -> None:
             child = _write_and_leave(writer / "fifo", b"x" * 100_000)
             assert (reader / "fifo").read_bytes() == b"x" * 100_000
             assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+            _wait_for_no_reader(at.server / "fifo")
 
 
 @check

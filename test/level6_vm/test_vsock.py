@@ -27,3 +27,12 @@ def test_the_whole_job_over_vsock(kernel: None, tmp_path: Path) -> None:
     result = run_in_guest((HERE / "inside.sh").read_text(), tmp_path, TIMEOUT_S).check()
     assert "0 failed" in result.output and "== done" in result.output
     print(f"{result.seconds:.0f} s\n{result.output}")
+
+
+@pytest.mark.vm
+@pytest.mark.slow
+@pytest.mark.timeout(TIMEOUT_S + 30)
+def test_conformance_over_vsock(kernel: None, tmp_path: Path) -> None:
+    result = run_in_guest((HERE / "vsock.sh").read_text(), tmp_path, TIMEOUT_S).check()
+    assert " on auto: 0 differ" in result.output
+    print(f"{result.seconds:.0f} s\n{result.output}")

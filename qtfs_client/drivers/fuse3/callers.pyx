@@ -4,7 +4,7 @@ The caller sleeps in the very request that is being translated, so what is read 
 `pid` is the thread's id, in the pid namespace of the mount; 0 where the caller is outside of that.
 """
 from libc.stdint cimport uint32_t, uint64_t
-from libc.string cimport strcmp, strlen
+from libc.string cimport strchr, strcmp, strlen, strrchr
 
 from qtfs_client.includes.linux cimport O_ACCMODE, O_CLOEXEC, O_PATH, O_RDONLY, O_RDWR, O_WRONLY, R_OK, W_OK, close, open, \
     openat, read, snprintf, strstr, strtoul, strtoull
@@ -42,8 +42,18 @@ cdef extern from *:
         SYS_tkill
     long syscall(long, ...) nogil
 
+cdef extern from "<sched.h>" nogil:
+    int sched_yield()
+
+cdef extern from "<unistd.h>" nogil:
+    int usleep(unsigned int)
+
 cdef enum:
+    STAT_BYTES = 1024               # a name of 64 bytes, and some 50 numbers
     STATUS_BYTES = 16384            # 1024 groups of ten digits and all the rest
+    # A caller that has sent its request may not be asleep yet: looked at so often, then once a millisecond, so often.
+    QUICK_LOOKS = 10
+    SLOW_LOOKS = 1000
 
 # Signals whose default is to be ignored or to stop: CHLD, CONT, STOP, TSTP, TTIN, TTOU, URG, WINCH; signal(7)
 cdef uint64_t HARMLESS = (1 << 16 | 1 << 17 | 1 << 18 | 1 << 19 | 1 << 20 | 1 << 21 | 1 << 22 | 1 << 27)
@@ -91,6 +101,26 @@ cdef int caller_groups(uint32_t pid, uint32_t *groups, int room) noexcept nogil:
     return count
 
 
+cdef int caller_cpu(uint32_t pid) noexcept nogil:
+    """The processor that a thread ran on last: field 39 of /proc/PID/stat. -1 if it cannot be seen."""
+    cdef char text[STAT_BYTES]
+    cdef char path[32]
+    cdef char *at
+    cdef ssize_t got = 0
+    cdef int spaces = 0
+    snprintf(path, sizeof(path), "%u/stat", pid)
+    cdef int fd = openat(_proc, path, O_RDONLY | O_CLOEXEC) if pid > 0 else -1
+    if fd >= 0:
+        got = read(fd, text, STAT_BYTES - 1)
+        close(fd)
+    text[max(got, 0)] = 0
+    at = strrchr(text, b')')            # the name before it may hold anything
+    while at != NULL and spaces < 37:   # the name is field 2
+        at = strchr(at + 1, b' ')
+        spaces += 1
+    return <int>strtoul(at + 1, NULL, 10) if at != NULL else -1
+
+
 cdef uint32_t caller_process(uint32_t pid) noexcept nogil:
     """The process that a thread belongs to; 0 if it cannot be seen."""
     cdef char text[STATUS_BYTES]
@@ -123,25 +153,39 @@ cdef bint process_is_called(uint64_t pid, const char *names) noexcept nogil:
     return False
 
 
+cdef bint _read_syscall(uint32_t pid, char *text, size_t size) noexcept nogil:
+    """Read /proc/PID/syscall. False if there is nothing to be read."""
+    cdef char path[32]
+    cdef ssize_t got
+    snprintf(path, sizeof(path), "%u/syscall", pid)
+    cdef int fd = openat(_proc, path, O_RDONLY | O_CLOEXEC)
+    if fd < 0:
+        return False
+    got = read(fd, text, size - 1)
+    close(fd)
+    text[max(got, 0)] = 0
+    return got > 0
+
+
 cdef bint _read_call(uint32_t pid, unsigned long *call) noexcept nogil:
     """The system call that a thread sleeps in: its number and first four arguments. False: that cannot be seen.
 
-    /proc/PID/syscall, proc_pid_syscall(5).
+    proc_pid_syscall(5). A thread that has lost its processor between asking and falling asleep is "running" still.
     """
-    cdef char path[32]
     cdef char text[256]
     cdef char *at = text
-    cdef ssize_t got
-    cdef int fd, i
-    snprintf(path, sizeof(path), "%u/syscall", pid)
-    fd = openat(_proc, path, O_RDONLY | O_CLOEXEC)
-    if fd < 0:
-        return False
-    got = read(fd, text, sizeof(text) - 1)
-    close(fd)
-    text[max(got, 0)] = 0
-    if got <= 0 or text[0] < b'0' or text[0] > b'9':
-        return False                    # "running"
+    cdef int looks, i
+    for looks in range(QUICK_LOOKS + SLOW_LOOKS):
+        if not _read_syscall(pid, text, sizeof(text)):
+            return False
+        if text[0] != b'r':
+            break
+        if looks < QUICK_LOOKS:
+            sched_yield()
+        else:
+            usleep(1000)
+    if text[0] < b'0' or text[0] > b'9':
+        return False                    # still "running", or it sleeps outside of a system call: "-1"
     for i in range(5):
         call[i] = strtoul(at, &at, 0)
     return True

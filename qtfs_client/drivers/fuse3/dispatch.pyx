@@ -124,7 +124,7 @@ cdef void _lookup_special(worker *w, message *given) noexcept nogil:
     another node, of a regular-looking file whose requests come to us; everybody else gets the true one.
     """
     cdef entry *found = <entry *>given.body
-    cdef uint64_t alias = caller_alias(w.request.pid)
+    cdef uint64_t alias = 0 if w.answered else caller_alias(w.request.pid)
     if alias != 0:
         found.node |= alias
         found.attr.size = ENDLESS if alias == NODE_STREAM_WRITER and found.attr.mode & S_IFMT != S_IFBLK else 0
@@ -140,8 +140,8 @@ cdef void _lookup_local_special(worker *w, message *given) noexcept nogil:
     cdef entry found = (<entry *>given.body)[0]
     cdef int status
     w.asked_node = found.node
-    w.asked_mask = caller_opens(w.request.pid)
-    if w.asked_mask != 0 and not w.answered:
+    w.asked_mask = 0 if w.answered else caller_opens(w.request.pid)
+    if w.asked_mask != 0:
         status = ask(w, build_special_access, True, given)
         if status < 0 or given.head.error != 0:
             queue_forget(w.mount, found.node, 1)

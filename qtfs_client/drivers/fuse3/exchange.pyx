@@ -14,17 +14,15 @@ it grants; or until the connection ends.
 from libc.errno cimport EAGAIN, EINTR, EIO, ENODEV
 from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 
-from qtfs_client.drivers.fuse3.callers cimport caught_signal_pending, fatal_signal_pending
+from qtfs_client.drivers.fuse3.callers cimport caller_cpu, caught_signal_pending, fatal_signal_pending
 from qtfs_client.drivers.fuse3.device cimport reply_error
 from qtfs_client.drivers.fuse3.state cimport LINK_LOST, LINK_READY, LINK_UP, MUST_ARRIVE, PHASE_BUILD, PHASE_SEND, \
     PHASE_SENT, builder, line, mount_state, worker
 from qtfs_client.includes.linux cimport POLLIN, eventfd_read, eventfd_write, load_i64, load_int, load_u64, poll, pollfd, \
-    pread, pthread_mutex_lock, pthread_mutex_unlock, store_int
+    pthread_mutex_lock, pthread_mutex_unlock, store_int
 from qtfs_common.protocol cimport MESSAGE_REPLY
+from qtfs_common.spinning cimport SPIN_CAP_US, move_to, spin_begin, spin_shares, spin_turn, this_cpu
 from qtfs_common.transport cimport WAIT_READABLE, WAIT_WOKEN, WAIT_WRITABLE, message, now_us
-
-cdef extern from "<sched.h>" nogil:
-    int sched_yield()
 
 cdef enum:
     SLICE_US = 1000000              # longest sleep between two looks at interrupts and timeouts
@@ -32,9 +30,8 @@ cdef enum:
     MAX_ATTEMPTS = 8                # of one request, over connections that break one after the other
     PATIENCE_US = 120               # how long the next request may have to wait for us before somebody else takes it
     SPIN_CREDIT = 8                 # spins that may fail in a row before they are taken for useless
+    SHARED_TURNS = 8                # shared with the engine, it seems, until we move
     SPIN_RETRY = 64                 # requests until a useless spin is tried again
-    DIGIT_ZERO = 48
-    LOAD_SAMPLE = 64                # requests between two looks at the load
 
 
 cdef void drain(int fd) noexcept nogil:
@@ -135,20 +132,28 @@ cdef int _receive(worker *w, message *reply) noexcept nogil:
     return 0
 
 
+cdef void _join_caller(worker *w) noexcept nogil:
+    """Go where the caller runs: the engine is best alone on the processor that we have shared with it."""
+    cdef int cpu = caller_cpu(w.request.pid)
+    if cpu >= 0 and cpu != this_cpu():
+        move_to(cpu)
+
+
 cdef int _spin(worker *w, message *reply) noexcept nogil:
     """Look for the reply without sleeping, for at most spin_us: 1 or 0 as _receive."""
     cdef int64_t now = now_us()
-    cdef int64_t until = now + w.mount.spin_us
-    cdef int64_t look = now + PATIENCE_US
+    cdef int64_t until = now + SPIN_CAP_US
+    cdef int64_t look = PATIENCE_US
     cdef int found = _receive(w, reply)
-    while found == 0 and load_int(&w.link.link) == LINK_UP and now < until:
-        sched_yield()                   # the engine may be on this processor
+    while found == 0 and load_int(&w.link.link) == LINK_UP and w.spinner.spent_us < w.mount.spin_us and now < until:
+        now = spin_turn(&w.spinner, now)
         found = _receive(w, reply)
-        now = now_us()
-        if found == 0 and w.owes and now > look:
-            look = now + PATIENCE_US // 4
+        if found == 0 and w.owes and w.spinner.spent_us > look:
+            look = w.spinner.spent_us + PATIENCE_US // 4
             if not is_quiet(w.mount.device):
                 hand_over(w)
+    if spin_shares(&w.spinner, SHARED_TURNS, now):
+        _join_caller(w)
     if found:
         w.spin_credit = min(w.spin_credit + 1, SPIN_CREDIT)
     else:
@@ -156,31 +161,10 @@ cdef int _spin(worker *w, message *reply) noexcept nogil:
     return found
 
 
-cdef void _sample_load(mount_state *m) noexcept nogil:
-    """Note whether threads wait for a processor: the fourth field of /proc/loadavg, proc_loadavg(5).
-
-    An engine on this machine looks for our next request while we look for its reply.
-    """
-    cdef char text[64]
-    cdef ssize_t got = pread(m.loadavg_fd, text, sizeof(text) - 1, 0)
-    cdef int spaces = 0, runnable = 0
-    cdef ssize_t i
-    for i in range(got):
-        if text[i] == b' ':
-            spaces += 1
-        elif text[i] == b'/':
-            break
-        elif spaces == 3:
-            runnable = runnable * 10 + text[i] - DIGIT_ZERO
-    store_int(&m.crowded, runnable > m.cpus + m.neighbour)
-
-
 cdef bint _spin_pays(worker *w) noexcept nogil:
     """Whether to spin for this reply: if it succeeded lately, or is due for a try, and nobody else wants to run."""
     w.spin_count += 1
-    if w.spin_count % LOAD_SAMPLE == 1:
-        _sample_load(w.mount)
-    if w.mount.spin_us == 0 or load_int(&w.mount.crowded):
+    if w.mount.spin_us == 0 or not spin_begin(&w.spinner, w.asked_us):
         return False
     if w.spin_credit <= 0 and w.spin_count % SPIN_RETRY == 0:
         w.spin_credit = 1

@@ -14,8 +14,8 @@ from qtfs_client.drivers.fuse3.state cimport BUFFER_BYTES, CACHE_ALWAYS, CACHE_A
 from qtfs_client.drivers.fuse3.waits cimport free_waits
 from qtfs_client.drivers.fuse3.workers cimport work
 from qtfs_client.includes.fuse_abi cimport fuse_in_header, fuse_write_in
-from qtfs_client.includes.linux cimport EFD_CLOEXEC, EFD_NONBLOCK, O_CLOEXEC, O_RDONLY, POLLIN, close, eventfd, \
-    eventfd_write, load_int, open as c_open, poll, pollfd, posix_memalign, pthread_mutex_destroy, pthread_mutex_init, \
+from qtfs_client.includes.linux cimport EFD_CLOEXEC, EFD_NONBLOCK, POLLIN, close, eventfd, \
+    eventfd_write, load_int, poll, pollfd, posix_memalign, pthread_mutex_destroy, pthread_mutex_init, \
     pthread_mutex_lock, pthread_mutex_unlock, store_int
 from qtfs_common.protocol cimport MAX_SLOTS
 from qtfs_common.transport cimport Connection, now_us
@@ -66,7 +66,7 @@ cdef class Mount:
 
     def __cinit__(self):
         memset(&self.m, 0, sizeof(self.m))
-        self.m.device = self.m.triage_device = self.m.loadavg_fd = -1
+        self.m.device = self.m.triage_device = -1
         self.m.event_fd = self.m.manager_fd = self.m.changes_fd = -1
         self.m.pending_end = &self.m.pending
         self.m.changes_end = &self.m.changes
@@ -74,10 +74,12 @@ cdef class Mount:
         pthread_mutex_init(&self.m.guard, NULL)
 
     def __init__(self, int device, *, str cache="auto", int channels=16, double timeout_s=30.0, int spin_us=200,
-                 uint32_t max_payload=REQUEST_PAYLOAD, bint neighbour=False, owner: int | None = None, bint special_remote=True, SpecialRules rules=None):
+                 uint32_t max_payload=REQUEST_PAYLOAD, bint neighbour=False, owner: int | None = None,
+                 bint special_remote=True, SpecialRules rules=None):
         """Take over a mounted /dev/fuse descriptor.
 
-        `max_payload`: bytes of the longest READ or WRITE. `neighbour`: the engine runs on this machine. `owner`: the only user besides root who is let in.
+        `max_payload`: bytes of the longest READ or WRITE. `neighbour`: the engine runs on this machine.
+        `owner`: the only user besides root who is let in.
         `special_remote`: FIFOs and devices are opened on the server, where the kernel tells who wants to open. `rules`:
         for what lies below the source, of this mount alone.
         """
@@ -93,13 +95,11 @@ cdef class Mount:
         self.m.timeout_us = <int64_t>(timeout_s * 1e6)
         self.m.spin_us = spin_us
         self.m.max_payload = min(max_payload, <uint32_t>REQUEST_PAYLOAD)
-        self.m.cpus = len(os.sched_getaffinity(0))
-        self.m.neighbour = neighbour
+        self.m.crew = max(1, len(os.sched_getaffinity(0)) // (4 if neighbour else 2))
         self.m.deny_others = owner is not None
         self.m.owner = owner or 0
         self.m.special_remote = special_remote and callers_can_be_seen()
         self.m.heard_us = now_us()
-        self.m.loadavg_fd = c_open(b"/proc/loadavg", O_RDONLY | O_CLOEXEC)
         self.m.event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
         self.m.manager_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
         self.m.changes_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
@@ -110,7 +110,7 @@ cdef class Mount:
         self._free_lists()
         for slot in range(self.m.worker_count):
             _worker_free(self.m.workers[slot])
-        for fd in (self.m.device, self.m.triage_device, self.m.loadavg_fd, self.m.event_fd, self.m.manager_fd,
+        for fd in (self.m.device, self.m.triage_device, self.m.event_fd, self.m.manager_fd,
                    self.m.changes_fd):
             if fd >= 0:
                 close(fd)

@@ -15,11 +15,12 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from qtfs_client.includes.fuse_abi cimport fuse_in_header
 from qtfs_client.includes.linux cimport pthread_mutex_t
 from qtfs_common.protocol cimport MAX_SLOTS, forget_item
+from qtfs_common.spinning cimport spinner
 from qtfs_common.transport cimport channel, message
 
 cdef enum:
     MAX_IDLE = 1                    # workers that wait in read(/dev/fuse); the others park
-    BACKLOG = 8                     # requests found waiting one after the other: one worker is not enough
+    BACKLOG = 8                     # requests found waiting one after the other: one worker is not enough, if there are processors
     REQUEST_PAYLOAD = 1 << 20       # largest WRITE and READ that INIT offers
     BUFFER_BYTES = REQUEST_PAYLOAD + 8192
     PENDING_REQUESTS = 4096         # set aside while all workers are busy
@@ -119,9 +120,11 @@ cdef struct worker:
     uint64_t undo_handle            # what build_undo_release sends
     bint undo_directory
     int32_t breaks_seen             # mount_state.breaks when the channel was last found whole
+    bint serving                    # counted in mount_state.serving
     bint owes                       # nobody has read the device since it took its request
     int backlog                     # how many requests in a row were there before it asked for one
     # spinning
+    spinner spinner
     int spin_credit
     uint32_t spin_count
 
@@ -169,17 +172,14 @@ cdef struct mount_state:
     int64_t timeout_us              # 0: wait for ever
     int64_t spin_us
     uint32_t max_payload            # of READ and WRITE, bytes
-    int32_t cpus
-    int32_t neighbour               # 1: the engine runs on this machine
+    uint32_t crew                   # workers that the processors have room for, each with its engine's
     void *rules                     # special_state of special.pxd; NULL: no rule is about anything below the source
-    int loadavg_fd
     int event_fd                    # wakes the event thread
     int manager_fd                  # wakes the manager
     int changes_fd                  # wakes whoever follows the server's mounts
     # atomic
     int32_t stopping
     int32_t down                    # the server could not be reached for timeout_us: fail at once
-    int32_t crowded                 # more runnable threads than processors
     int32_t posix_locks             # a POSIX lock was asked for, ever
     int32_t releases                # RELEASEs under way
     int32_t breaks                  # how often the event channel broke
@@ -191,6 +191,7 @@ cdef struct mount_state:
     uint32_t worker_count           # running or being started
     uint32_t worker_limit
     uint32_t idle                   # in read(/dev/fuse), or about to be
+    uint32_t serving                # with a request in hand
     uint32_t coming                 # woken: they will be idle soon
     bint starting                   # the manager is asked for one more
     worker *parked

@@ -51,6 +51,9 @@ cdef turn _next_turn(worker *w) noexcept nogil:
     cdef mount_state *m = w.mount
     cdef turn next_turn = TURN_READ
     pthread_mutex_lock(&m.guard)
+    if w.serving:
+        w.serving = False
+        m.serving -= 1
     if m.pending != NULL:
         _take_pending_locked(w)
         wake_another_locked(m)
@@ -112,7 +115,9 @@ cdef ssize_t _read(worker *w) noexcept nogil:
         w.device = m.device
         w.answered = False
         store_u64(&w.current, w.request.unique)
-        if w.owes and w.backlog >= BACKLOG:
+        w.serving = True
+        m.serving += 1
+        if w.owes and w.backlog >= BACKLOG and m.serving < m.crew:
             w.backlog = 0
             w.owes = False
             wake_another_locked(m)

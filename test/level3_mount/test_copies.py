@@ -1,0 +1,43 @@
+"""How often the engine touches file data: doc/performance.md says it, and its counter of copied bytes shows it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from harness.engine_process import ALL_TRANSPORTS, EngineProcess
+from harness.mounts import MountProcess
+
+DATA = os.urandom(1 << 20) * 16
+#: Of everything else in the messages.
+OVERHEAD = 1 << 20
+
+
+def copied(engine: EngineProcess) -> int:
+    return int(engine.figures()["copied"])
+
+
+def read_whole(path: Path) -> bytes:
+    """In pieces of 1 MiB."""
+    with path.open("rb", buffering=0) as file:
+        return b"".join(iter(lambda: file.read(1 << 20), b""))
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("transport", ALL_TRANSPORTS)
+def test_file_data_passes_the_engine_uncopied(transport: str, tmp_path: Path) -> None:
+    """Reads over any transport, and writes over shared memory; what a socket brings has to be put somewhere."""
+    with EngineProcess(tmp_path / "engine", transport).running() as engine:
+        (engine.share / "file").write_bytes(DATA)
+        with MountProcess(engine, engine.share, tmp_path / "mnt", "cache=none").running() as mounted:
+            before = copied(engine)
+            assert read_whole(mounted.point / "file") == DATA
+            read = copied(engine) - before
+            with (mounted.point / "written").open("wb", buffering=0) as file:
+                for at in range(0, len(DATA), 1 << 20):
+                    assert file.write(DATA[at : at + (1 << 20)]) == 1 << 20
+            written = copied(engine) - before - read
+        assert (engine.share / "written").read_bytes() == DATA
+    assert read < OVERHEAD
+    assert written < OVERHEAD if transport == "shm" else written >= len(DATA)

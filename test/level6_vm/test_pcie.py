@@ -1,0 +1,135 @@
+"""A guest mounts a directory of this machine through a PCI BAR (ivshmem); the engine at its other end runs here."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness.engine_process import EngineProcess
+from harness.guest import Boot, Guest, GuestUnavailable, ivshmem
+from harness.waiting import wait_until
+
+HERE = Path(__file__).resolve().parent
+LEVEL3 = HERE.parent / "level3_mount"
+TIMEOUT_S = 170.0
+BAR_BYTES = 64 << 20
+GRACE_S = 5
+
+CONFORMANCE = """
+mkdir -p /tmp/local
+.venv/bin/python -I test/level6_vm/conformance.py --expected /run/guest/expected --trees /run/guest/trees \\
+    /tmp/local /mnt/auto
+say "conformance"
+"""
+
+RESTART = """
+exec 3</mnt/auto/file
+read -r line <&3
+[ "$line" = first ] || die "$line"
+say "in use"
+await restarted
+[ "$(cat /mnt/auto/file)" = second ] || die "no content after the restart"
+[ "$(cat /mnt/none/file)" = second ] || die "no content after the restart, uncached"
+! cat <&3 >/dev/null 2>/run/guest/stale || die "the file that was open outlived its engine"
+grep -q 'Stale file handle' /run/guest/stale || die "$(cat /run/guest/stale)"
+exec 3<&-
+echo written >/mnt/none/from-guest
+say "works again"
+exec 3>>/mnt/auto/file
+say "to be cut off"
+await never
+"""
+
+AFTER_REBOOT = """
+echo rebooted >/mnt/auto/from-guest
+[ "$(cat /mnt/none/file)" = second ] || die "no content after the reboot"
+umount /mnt/auto /mnt/none
+say "done"
+"""
+
+
+@pytest.fixture
+def bar(tmp_path: Path) -> Path:
+    """The file behind the BAR."""
+    path = tmp_path / "bar"
+    with path.open("wb") as file:
+        file.truncate(BAR_BYTES)
+    return path
+
+
+@pytest.fixture
+def guest(tmp_path: Path, bar: Path) -> Guest:
+    scratch = tmp_path / "guest"
+    scratch.mkdir()
+    try:
+        return Guest(scratch, devices=ivshmem(bar, BAR_BYTES))
+    except GuestUnavailable as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.fixture
+def server(tmp_path: Path, bar: Path) -> Iterator[EngineProcess]:
+    engine = EngineProcess(tmp_path / "engine", arguments=["--grace", str(GRACE_S)], workers=8)
+    engine.listen = f"shm://{bar}"
+    with engine.running():
+        yield engine
+
+
+@pytest.fixture
+def scenarios(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Modules of level 3."""
+    monkeypatch.syspath_prepend(str(LEVEL3))
+    import kit
+    import scenarios_files
+
+    return kit, scenarios_files
+
+
+def _script(server: EngineProcess, *parts: str) -> str:
+    return f"share={server.share}\n" + (HERE / "pcie.sh").read_text() + "".join(parts)
+
+
+def _restart_under_use(server: EngineProcess, boot: Boot) -> None:
+    boot.wait_for_text("== in use", TIMEOUT_S)
+    server.kill()
+    (server.share / "file").write_text("second\n")
+    server.start()
+    boot.tell("restarted")
+    boot.wait_for_text("== to be cut off", TIMEOUT_S)
+    assert (server.share / "from-guest").read_text() == "written\n"
+
+
+@pytest.mark.vm
+@pytest.mark.slow
+@pytest.mark.root
+@pytest.mark.timeout(2 * TIMEOUT_S)
+def test_conformance_over_a_bar(guest: Guest, server: EngineProcess, scenarios: Any) -> None:
+    """As on a disk of the guest's own; and the trees that this machine then has are those of that disk."""
+    kit, files = scenarios
+    # The size of a file system is the server's.
+    (guest.job / "expected").write_bytes(pickle.dumps({"statfs": kit.in_child(files.statfs, str(server.share))}))
+    with guest.booted(_script(server, CONFORMANCE, "umount /mnt/auto /mnt/none\n")) as boot:
+        result = boot.result(TIMEOUT_S).check()
+    wait_until(server.is_idle, "the engine to let everything go", GRACE_S + 10)
+    trees = pickle.loads((guest.job / "trees").read_bytes())
+    for name, tree in trees.items():
+        assert kit.tree(server.share / "auto" / name) == tree, name
+    print(f"{result.seconds:.0f} s\n{result.output}")
+
+
+@pytest.mark.vm
+@pytest.mark.slow
+@pytest.mark.root
+@pytest.mark.timeout(2 * TIMEOUT_S)
+def test_restart_of_the_engine_and_reboot_of_the_guest(guest: Guest, server: EngineProcess) -> None:
+    """What was open is stale, the mounts go on; after a power cut the same BAR serves the next boot."""
+    (server.share / "file").write_text("first\n")
+    with guest.booted(_script(server, RESTART)) as boot:
+        _restart_under_use(server, boot)
+        boot.kill()
+    with guest.booted(_script(server, AFTER_REBOOT)) as boot:
+        boot.result(TIMEOUT_S).check()
+    assert (server.share / "from-guest").read_text() == "rebooted\n"

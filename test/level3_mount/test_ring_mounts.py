@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from harness.engine_process import EngineProcess
 from harness.mounts import MountProcess
-from harness.ring_file import PAGE, RingFile, bar_path
+from harness.ring_file import MAGIC, PAGE, RingFile, bar_path
 from harness.waiting import wait_until
 
 from qtfs_common.addresses import parse_address
@@ -249,8 +249,12 @@ def test_rubbish_all_over_the_file(tmp_path: Path) -> None:
             assert engine.exit_status() is None
             with MountProcess(engine, engine.share, tmp_path / "fresh", "cache=none", through=over_unix).running() as m:
                 assert "f0" in os.listdir(m.point)
-            ring.set(0, 0)  # whatever has hit the control block, now it is seen
-            wait_until(lambda: "the memory is back" in engine.log(), "the engine to lay it out")
+            ring.set(MAGIC, 0)  # whatever has hit the control block, now it is seen
+            wait_until(
+                lambda: ring.get(MAGIC) == int.from_bytes(b"QTFSRING", "little")
+                and engine.log().count("the memory is back") == engine.log().count("the memory is gone"),
+                "the engine to lay it out",
+            )
             load.wait_for_progress()
         with mounted(engine, tmp_path / "another") as another:
             assert "f0" in os.listdir(another.point)

@@ -376,13 +376,19 @@ cdef int _ring_init(channel *ch, ring_memory *memory, uint32_t number, uint64_t 
     return 0
 
 
+cdef bint _is_fresh(const ring_memory *memory, const bell_greeting *asked) noexcept nogil:
+    """Whether nothing has been said under the claim: what lies in the area otherwise is another conversation's."""
+    cdef ring_line *client = client_line(memory, asked.channel)
+    return ring_load(&client.epoch) == asked.epoch and client.tail == 0 and client.head == 0
+
+
 cdef int _serve_claim(channel *ch, const bell_greeting *asked) noexcept nogil:
     """Take up the channel that a greeting names: 0 or -errno."""
     cdef ring_memory *memory = <ring_memory *>ch.ring
     cdef int error
     if asked.magic != BELL_MAGIC or asked.channel >= memory.channels or asked.epoch == 0:
         return -EPROTO
-    if asked.instance != memory.instance or is_lost(memory):
+    if asked.instance != memory.instance or is_lost(memory) or not _is_fresh(memory, asked):
         return -ECONNRESET
     if swap_int(&memory.served[asked.channel], 1, __ATOMIC_ACQ_REL):
         return -EBUSY                   # the one before has not been found dead yet

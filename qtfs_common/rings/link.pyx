@@ -1,8 +1,8 @@
 """Looking after channels whose other side is on another machine, where no bell can be heard.
 
 A `Link` holds the far end of each channel's bell and rings in the other side's stead when it sees in the memory that there is
-something to wake for. It looks again after 50 µs when there was something, and less often the longer there is nothing, down
-to once in 4 ms. It also keeps our beat going, and hangs up where the other side's has stopped.
+something to wake for. It looks again after 50 µs when there was something, then less often, down to once in 4 ms when there
+has been nothing for a while. It also keeps our beat going, and hangs up where the other side's has stopped.
 """
 from libc.errno cimport EAGAIN, EINTR, errno
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
@@ -25,6 +25,8 @@ cdef extern from "<sys/socket.h>" nogil:
 
 cdef enum:
     SHORTEST_US = 50
+    BUSY_US = 200                   # longest pause while there has been something to ring for of late
+    OF_LATE_US = 200000
     LONGEST_US = 4000
     BEAT_US = 200000
     DEAD_US = 5000000               # a beat that did not come for so long has stopped
@@ -33,8 +35,7 @@ cdef enum:
 cdef struct linked:                 # one channel
     int fd                          # the far end of its bell; 0: none
     bint accepted                   # the engine has taken the claim up
-    bint dead                       # the other side's beat had stopped
-    uint64_t epoch
+    uint64_t epoch                  # stays when it is over
     uint64_t seen_head
     uint64_t beat                   # of the other side, when it last changed
     int64_t beat_us
@@ -54,6 +55,7 @@ cdef class Link:
     cdef uint32_t count
     cdef int64_t beaten_us
     cdef int64_t pause_us
+    cdef int64_t rung_us            # when there was last something to ring for
 
     def __cinit__(self, RingMemory memory not None, bint serves):
         """`serves`: on the engine's side."""
@@ -80,7 +82,7 @@ cdef class Link:
         with self.guard:
             self._drop(number)
             l.epoch = epoch
-            l.accepted = l.dead = False
+            l.accepted = False
             l.seen_head = l.beat = 0
             l.beat_us = now_us()
             l.fd = fd
@@ -96,8 +98,9 @@ cdef class Link:
         for number in range(self.memory.m.channels):
             line = client_line(&self.memory.m, number)
             epoch = ring_load(&line.epoch)
+            # A claim that was served before and ended is that of a client which died without taking it back.
             if epoch and line.bell == BELL_LINK and line.instance == self.memory.m.instance and \
-                    (self.channels[number].epoch != epoch or self.channels[number].fd == 0 and not self.channels[number].dead) and \
+                    self.channels[number].epoch != epoch and \
                     ring_load(&engine_line(&self.memory.m, number).epoch) != epoch:
                 found.append((number, epoch))
         return found
@@ -127,7 +130,10 @@ cdef class Link:
                 self.beaten_us = now
                 if self.serves and not is_lost(&self.memory.m):
                     ring_publish(&control(&self.memory.m).beat, control(&self.memory.m).beat + 1)
-        self.pause_us = SHORTEST_US if rung else min(2 * self.pause_us, <int64_t>LONGEST_US)
+        if rung:
+            self.rung_us = now
+        self.pause_us = SHORTEST_US if rung else \
+            min(2 * self.pause_us, <int64_t>BUSY_US if now - self.rung_us < OF_LATE_US else <int64_t>LONGEST_US)
         if self.count == 0:
             self.pause_us = HOUSEKEEPING_US
 
@@ -162,8 +168,7 @@ cdef class Link:
         if beat != l.beat:
             l.beat = beat
             l.beat_us = now
-        l.dead = now - l.beat_us > DEAD_US
-        if got == 0 or got < 0 and errno not in (EAGAIN, EINTR) or l.dead:
+        if got == 0 or got < 0 and errno not in (EAGAIN, EINTR) or now - l.beat_us > DEAD_US:
             self._drop(number)
         elif not self.serves:
             ring_publish(&client.beat, client.beat + 1)
@@ -173,3 +178,5 @@ cdef class Link:
             close(self.channels[number].fd)
             self.channels[number].fd = 0
             self.count -= 1
+            if not self.channels[number].accepted:
+                self.channels[number].epoch = 0     # it was turned down, and may be tried again

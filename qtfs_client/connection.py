@@ -130,10 +130,17 @@ class Engine:
             if error:
                 raise HandshakeError(f"{self.address}: cannot join the session: {os.strerror(error)}", error)
             (last_sequence,) = self._unpack(_ATTACH_REPLY, reply)
+            self.check_payload(connection.max_payload, ticket)
             return connection, last_sequence
         except BaseException:
             connection.close()
             raise
+
+    def check_payload(self, payload: int, ticket: Ticket) -> None:
+        """Raises HandshakeError if the engine takes less at once than when a mount began: its kernel sends that."""
+        if payload < ticket.max_payload:
+            raise HandshakeError(f"{self.address}: the engine takes {payload} bytes at once now, where it took "
+                                 f"{ticket.max_payload}: mount again", errno.EMSGSIZE)
 
     # ------------------------------------------------------------------------------------------------- handshake
 

@@ -309,7 +309,7 @@ def connect_socket(address: Address, timeout_s: float | None = None) -> socket.s
         return _connect_vsock(address, timeout_s)
     if isinstance(address, TcpAddress):
         return _connect_tcp(address, timeout_s)
-    raise AddressError(address, "this transport is not available yet")
+    raise AddressError(address, "this transport has no socket")
 
 
 def listen_socket(address: Address, backlog: int = 1024) -> socket.socket:
@@ -325,7 +325,7 @@ def listen_socket(address: Address, backlog: int = 1024) -> socket.socket:
         return _listen_vsock(address, backlog)
     if isinstance(address, TcpAddress):
         return _listen_tcp(address, backlog)
-    raise AddressError(address, "this transport is not available yet")
+    raise AddressError(address, "this transport has no socket")
 
 
 def bound_address(sock: socket.socket) -> Address:

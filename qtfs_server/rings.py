@@ -31,6 +31,7 @@ from qtfs_common.rings.shared import (
     greeting,
     lock_byte,
     open_memory,
+    unlock_byte,
 )
 from qtfs_server.server import Server
 
@@ -52,8 +53,8 @@ class RingListener:
         # Beside the file, where clients look for it; nobody but our own link comes for a BAR.
         name = f"bell@{str(address).replace('/', '_')}"
         self._bell_path = bell_path(address) if isinstance(address, ShmAddress) else str(run_dir / name)
-        self._retired: list[RingMemory] = []
         self._stopping = threading.Event()
+        self._areas: tuple[int, int] | None = None
         self._take()
 
     # ---- the memory ----
@@ -66,7 +67,7 @@ class RingListener:
         try:
             self._bell = self._prepare()
         except BaseException:
-            os.close(self._fd)
+            self._release()
             raise
 
     def _prepare(self) -> socket.socket:
@@ -78,8 +79,12 @@ class RingListener:
             self.memory = RingMemory(self._fd)
             self._see_others()
             bell = listen_socket(UnixAddress(self._bell_path))
-            bell.setblocking(False)
-            self.memory.lay_out(geometry, secrets.randbits(63) | 1, boot_id())
+            try:
+                bell.setblocking(False)
+                self._lay_out(geometry)
+            except BaseException:
+                bell.close()
+                raise
         except LayoutError as error:
             raise ListenError(f"cannot listen on {self.address}: {error}", errno.EINVAL) from error
         except OSError as error:
@@ -90,13 +95,27 @@ class RingListener:
         self._link = Link(self.memory, True)
         return bell
 
+    def _lay_out(self, geometry: Geometry) -> None:
+        self.memory.lay_out(geometry, secrets.randbits(63) | 1, boot_id())
+        if self.memory.lost:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     def _geometry(self) -> Geometry:
         """What fits; a file that is empty gets the size that is needed."""
         size = os.fstat(self._fd).st_size
         if size == 0 and isinstance(self.address, ShmAddress):
-            geometry = self._layout.fit(None)
+            geometry = self._fit(None)
             os.ftruncate(self._fd, geometry.total_bytes)
-            return geometry
+        else:
+            geometry = self._fit(size)
+        self._areas = (geometry.request_bytes, geometry.reply_bytes)
+        return geometry
+
+    def _fit(self, size: int | None) -> Geometry:
+        """Areas as they were, if that can be: clients' kernels have been told how much fits into one message."""
+        if self._areas is not None:
+            with contextlib.suppress(LayoutError):
+                return Layout(self._layout.channels, *self._areas).fit(size)
         return self._layout.fit(size)
 
     def _in_use(self) -> AddressInUseError:
@@ -132,17 +151,27 @@ class RingListener:
     def close(self) -> None:
         """Give the bell socket and the lock back; the file stays, as a BAR would."""
         self._bell.close()
-        Path(self._bell_path).unlink(missing_ok=True)
+        if self._fd >= 0:
+            Path(self._bell_path).unlink(missing_ok=True)
+            self._release()
+
+    def _release(self) -> None:
+        unlock_byte(self._fd, ENGINE_LOCK_AT)
         os.close(self._fd)
+        self._fd = -1
 
     def _look_after(self, server: Server, needs_authentication: bool) -> None:
         while not self._stopping.is_set():
             self._link.watch(_LINK_PERIOD_S)
             for number, epoch in self._link.claims():
                 self._come_for(number, epoch)
-            if self.memory.lost:
+            self.memory.tidy()
+            if not self._is_sound():
                 self._renew(server, needs_authentication)
-            self._retired = [memory for memory in self._retired if memory.users]
+
+    def _is_sound(self) -> bool:
+        """Whether the memory is still there, all of it, and is ours by what stands in front."""
+        return not self.memory.lost and self.memory.is_ours and os.fstat(self._fd).st_size >= self.memory.size
 
     def _come_for(self, number: int, epoch: int) -> None:
         """Greet ourselves on behalf of a client of another machine."""
@@ -158,23 +187,29 @@ class RingListener:
             log.debug("%s: channel %d: %s", self.address, number, error)
 
     def _renew(self, server: Server, needs_authentication: bool) -> None:
-        """The memory was taken away under us: wait until it is there again."""
-        log.error("%s: the memory is gone (bus error); waiting for it", self.address)
+        """The memory was taken away under us: end all that works in it, wait until it is there again."""
+        log.error("%s: the memory is gone (%s); waiting for it", self.address, self._what_happened())
         server.deafen(self._bell.fileno())
+        self.memory.give_up()
+        server.hang_up(self.memory)
+        self._link.watch(0)
         self.close()
-        self._retired.append(self.memory)
         while not self._stopping.wait(_RETRY_S):
-            try:
-                self._take()
-            except ListenError as error:
-                log.debug("%s", error)
-                continue
-            server.listen(self._bell.fileno(), needs_authentication, self.memory)
-            log.warning("%s: the memory is back", self.address)
-            return
-        self._take_nothing()
+            # Who still reads or writes file data there must not meet what comes next.
+            if self.memory.users == 0 and self._take_again():
+                server.listen(self._bell.fileno(), needs_authentication, self.memory)
+                log.warning("%s: the memory is back", self.address)
+                return
 
-    def _take_nothing(self) -> None:
-        """What `close` can close at the end, when the memory never came back."""
-        self._bell = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._fd = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    def _what_happened(self) -> str:
+        if self.memory.lost:
+            return "bus error"
+        return "it is shorter now" if self.memory.is_ours else "somebody else wrote into its control block"
+
+    def _take_again(self) -> bool:
+        try:
+            self._take()
+        except ListenError as error:
+            log.debug("%s", error)
+            return False
+        return True

@@ -15,7 +15,7 @@ from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
 
 from qtfs_common.protocol cimport *
-from qtfs_common.rings.channel cimport greeter_init
+from qtfs_common.rings.channel cimport greeter_init, works_in
 from qtfs_common.rings.memory cimport RingMemory
 from qtfs_common.spinning cimport SPIN_CAP_US, move_away, spin_begin, spin_shares, spin_turn
 from qtfs_common.transport cimport WAIT_READABLE, WAIT_WRITABLE, channel, commit_from_pipe, lend_buffers, message, now_us, park, socket_channel_init
@@ -534,6 +534,17 @@ cdef class Server:
         for i in range(64):
             if self.listeners[i].kind == SOURCE_LISTENER and self.listeners[i].fd == fd:
                 self.listeners[i].kind = 0
+
+    def hang_up(self, RingMemory memory not None) -> None:
+        """Cut whoever is connected by way of a memory."""
+        cdef connection *c
+        pthread_mutex_lock(&_connections_guard)
+        c = _connections
+        while c != NULL:
+            if works_in(&c.ch, &memory.m):
+                c.ch.ops.cut(&c.ch, SHUT_RDWR)
+            c = c.next
+        pthread_mutex_unlock(&_connections_guard)
 
     def work(self) -> None:
         """Body of a worker thread; returns after `stop`."""

@@ -1,8 +1,9 @@
 /* SIGBUS in shared memory: a BAR whose device went away, or a file that somebody cut short.
  *
- * The handler puts fresh memory in place of the whole mapping and marks it lost, so that the access that failed goes on with
- * zeros; whoever works there finds the mark, or nonsense, and gives the channel up. Any other SIGBUS ends the process as
- * ever. mmap(2) is not on signal-safety(7)'s list, but it is a bare system call.
+ * The handler marks the mapping lost and then puts a fresh page in place of the one that failed, so that the access goes on
+ * with zeros; whoever reads zeros finds the mark afterwards, and gives the channel up. The other pages stay: a system call
+ * that reads file data from them, or writes it there, ends with EFAULT and not with zeros. Any other SIGBUS ends the
+ * process as ever. mmap(2) is not on signal-safety(7)'s list, but it is a bare system call.
  */
 #ifndef QTFS_BUS_ERROR_H
 #define QTFS_BUS_ERROR_H
@@ -16,6 +17,7 @@
 #include <stdint.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #define BUS_REGIONS 256
 
@@ -29,6 +31,7 @@ static struct bus_region bus_regions[BUS_REGIONS];
 static struct sigaction bus_previous;
 static pthread_mutex_t bus_guard = PTHREAD_MUTEX_INITIALIZER;
 static int bus_installed;
+static uintptr_t bus_page_bytes;
 
 static void bus_handler(int number, siginfo_t *info, void *context)
 {
@@ -39,10 +42,10 @@ static void bus_handler(int number, siginfo_t *info, void *context)
         uintptr_t begin = __atomic_load_n(&bus_regions[i].begin, __ATOMIC_ACQUIRE);
         if (begin == 0 || at < begin || at - begin >= bus_regions[i].bytes)
             continue;
-        if (mmap((void *)begin, bus_regions[i].bytes, PROT_READ | PROT_WRITE,
+        __atomic_store_n(bus_regions[i].lost, 1, __ATOMIC_SEQ_CST);
+        if (mmap((void *)(at & ~(bus_page_bytes - 1)), bus_page_bytes, PROT_READ | PROT_WRITE,
                  MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0) == MAP_FAILED)
             break;
-        __atomic_store_n(bus_regions[i].lost, 1, __ATOMIC_RELEASE);
         errno = saved;
         return;
     }
@@ -57,6 +60,7 @@ static int bus_watch(void *begin, size_t bytes, int32_t *lost)
     int index = -1;
     pthread_mutex_lock(&bus_guard);
     if (!bus_installed) {
+        bus_page_bytes = (uintptr_t)sysconf(_SC_PAGESIZE);
         memset(&action, 0, sizeof(action));
         action.sa_sigaction = bus_handler;
         action.sa_flags = SA_SIGINFO | SA_ONSTACK;

@@ -18,7 +18,7 @@ from qtfs_common.protocol cimport OP_READ, OP_WRITE, header
 from qtfs_common.rings.layout cimport BELL_LINK, BELL_MAGIC, RING_ALIGNMENT, RING_SKIP, SLEEPS_BY_LINK, SLEEPS_FOR_MESSAGES, \
     SLEEPS_FOR_ROOM, bell_greeting, ring_line
 from qtfs_common.rings.memory cimport client_line, engine_line, is_lost, reply_area, request_area, ring_full_barrier, \
-    ring_load, ring_load_32, ring_memory, ring_publish, ring_store_32
+    ring_load, ring_load_32, ring_memory, ring_publish, ring_store_32, ring_write_barrier
 from qtfs_common.transport cimport INBOX_BYTES, UNTRUSTED_LIMIT, WAIT_READABLE, WAIT_WOKEN, WAIT_WRITABLE, channel, \
     channel_operations, message, poll_socket, release_buffers, socket_channel_init
 
@@ -116,14 +116,14 @@ cdef int _take(channel *ch, ring_end *e, uint64_t there, message *out) noexcept 
     if out.head.op == e.bulk_op and out.head.length > COPIED_BYTES:
         out.body = <uint8_t *>e.area + at + sizeof(header)
         e.lent = whole
-        return 1
+        return 1 if not is_lost(e.memory) else -ECONNRESET
     if out.head.length > ch.inbox_bytes:
         return -EMSGSIZE
     memcpy(ch.inbox, e.area + at + sizeof(header), out.body_bytes)
     ch.copied += out.body_bytes
     out.body = ch.inbox
     e.head += whole
-    return 1
+    return 1 if not is_lost(e.memory) else -ECONNRESET     # what was copied may be the zeros of a bus error
 
 
 cdef int _ring_receive(channel *ch, message *out) noexcept nogil:
@@ -235,6 +235,8 @@ cdef int _ring_commit(channel *ch, size_t size, const void *payload, size_t payl
     _show_head(ch, e)
     if skip > 0:
         e.direct = 0
+        if is_lost(e.memory):
+            return -ECONNRESET          # so may be what was built there
         _skip(e, skip - 1)
         _publish(ch, e, skip - 1 + _aligned(size))
         return 0
@@ -311,7 +313,8 @@ cdef void _ring_cut(channel *ch, int how) noexcept nogil:
 cdef void _ring_close(channel *ch) noexcept nogil:
     cdef ring_end *e = _end(ch)
     release_buffers(ch)
-    ring_publish(&e.ours.epoch, 0)
+    if not is_lost(e.memory):           # else somebody else may be using it by now
+        ring_publish(&e.ours.epoch, 0)
     close(ch.fd)
     ch.fd = -1
     if e.serves:
@@ -340,7 +343,10 @@ _ring_operations.close = _ring_close
 # ---- beginning -------------------------------------------------------------------------------------------------------
 
 cdef int _ring_init(channel *ch, ring_memory *memory, uint32_t number, uint64_t epoch, bint serves) noexcept nogil:
-    """Turn `ch`, whose descriptor is the bell, into one side of a channel: 0 or -ENOMEM."""
+    """Turn `ch`, whose descriptor is the bell, into one side of a channel: 0 or -ENOMEM.
+
+    The engine's is a greeter, which is a user of the memory already. Another thread may cut it at this moment.
+    """
     cdef ring_end *e = <ring_end *>calloc(1, sizeof(ring_end))
     if e == NULL:
         return -ENOMEM
@@ -356,9 +362,13 @@ cdef int _ring_init(channel *ch, ring_memory *memory, uint32_t number, uint64_t 
     e.area = request_area(memory, number) if serves else reply_area(memory, number)
     e.area_bytes = memory.request_bytes if serves else memory.reply_bytes
     e.bulk_op = OP_WRITE if serves else OP_READ
-    add_int(&memory.users, 1, __ATOMIC_ACQ_REL)
-    ch.ops = &_ring_operations
+    if not serves:
+        add_int(&memory.users, 1, __ATOMIC_ACQ_REL)
+        # The engine may still be looking at the claim before this one, whose positions are no mistake of ours.
+        ring_publish(&e.ours.epoch, 0)
+        ring_write_barrier()
     ch.ring = e
+    ch.ops = &_ring_operations
     # What does not fit behind the last message begins at the front, and what was skipped is used up.
     ch.largest = <uint32_t>min(min(e.out_bytes, e.area_bytes) // 2, <uint64_t>INBOX_BYTES)
     e.ours.tail = e.ours.head = 0
@@ -407,17 +417,32 @@ cdef int _greeter_receive(channel *ch, message *out) noexcept nogil:
     return _serve_claim(ch, &asked)
 
 
+cdef void _greeter_close(channel *ch) noexcept nogil:
+    add_int(&(<ring_memory *>ch.ring).users, -1, __ATOMIC_ACQ_REL)
+    ch.ring = NULL
+    _a_socket.ops.close(ch)
+
+
 cdef channel _a_socket
 socket_channel_init(&_a_socket, -1)
 cdef channel_operations _greeter_operations = _a_socket.ops[0]
 _greeter_operations.receive = _greeter_receive
+_greeter_operations.close = _greeter_close
 
 
 cdef void greeter_init(channel *ch, int fd, ring_memory *memory) noexcept nogil:
     """Make `ch` a channel over what was accepted on the bell socket: its greeting says which one."""
     socket_channel_init(ch, fd)
+    add_int(&memory.users, 1, __ATOMIC_ACQ_REL)
     ch.ops = &_greeter_operations
     ch.ring = memory
+
+
+cdef bint works_in(const channel *ch, const ring_memory *memory) noexcept nogil:
+    """Whether a channel's messages, or those to come, go by that memory."""
+    if ch.ops == &_greeter_operations:
+        return ch.ring == memory
+    return ch.ops == &_ring_operations and (<const ring_end *>ch.ring).memory == memory
 
 
 cdef class RingConnection(Connection):
@@ -439,6 +464,9 @@ cdef class RingConnection(Connection):
         e.ours.instance = memory.m.instance
         ring_publish(&e.ours.epoch, epoch)
         self._begin()
+
+    def __dealloc__(self):
+        self.close()                    # while the memory is still there
 
     @property
     def served(self) -> bool:

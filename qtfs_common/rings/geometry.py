@@ -119,7 +119,7 @@ def parse_layout(text: str) -> Layout:
 
 
 def _channels(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or not 1 <= int(text[:9]) <= MAX_CHANNELS:
+    if not text.isascii() or not text.isdigit() or len(text) > 9 or not 1 <= int(text) <= MAX_CHANNELS:
         raise ValueError(f"channels={text}: not a number from 1 to {MAX_CHANNELS}")
     return int(text)
 

@@ -124,11 +124,11 @@ cdef class Link:
             for number in range(self.memory.m.channels):
                 if self.channels[number].fd > 0:
                     rung |= self._look_at(number)
-                    if housekeeping:
+                    if housekeeping and self.channels[number].fd > 0:
                         self._see_to(number, now)
             if housekeeping:
                 self.beaten_us = now
-                if self.serves:
+                if self.serves and not is_lost(&self.memory.m):
                     ring_publish(&control(&self.memory.m).beat, control(&self.memory.m).beat + 1)
         if rung:
             self.rung_us = now

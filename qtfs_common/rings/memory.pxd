@@ -15,7 +15,7 @@ cdef extern from "qtfs_common/rings/barriers.h" nogil:
 cdef struct ring_memory:
     uint8_t *base
     size_t bytes
-    int32_t lost                    # atomic: a bus error took it away, and zeros lie there now
+    int32_t lost                    # atomic: a bus error took it away, and zeros lie where it was met
     int32_t users                   # atomic: channels that work in it
     uint32_t channels
     uint64_t request_bytes

@@ -29,8 +29,12 @@ cdef extern from "qtfs_common/rings/bus_error.h" nogil:
 
 cdef extern from * nogil:
     int load_int "__atomic_load_n"(const int32_t *, int)
+    void store_int "__atomic_store_n"(int32_t *, int32_t, int)
+    bint swap_word "__atomic_compare_exchange_n"(uint64_t *, uint64_t *, uint64_t, bint, int, int)
     enum:
         __ATOMIC_ACQUIRE
+        __ATOMIC_ACQ_REL
+        __ATOMIC_RELEASE
 
 
 # ---- where things lie ------------------------------------------------------------------------------------------------
@@ -111,10 +115,36 @@ cdef class RingMemory:
         """Of the engine that laid it out."""
         return self.m.instance
 
+    def is_served(self, uint32_t channel) -> bool:
+        """Whether the engine serves a claim of that channel."""
+        return ring_load(&engine_line(&self.m, channel).epoch) != 0
+
+    def tidy(self) -> None:
+        """As the engine: no channel seems to be served that nobody serves, whoever wrote that into the memory."""
+        cdef uint32_t channel
+        cdef uint64_t epoch
+        cdef uint64_t *at
+        for channel in range(self.m.channels):
+            at = &engine_line(&self.m, channel).epoch
+            epoch = ring_load(at)
+            if epoch != 0 and load_int(&self.m.served[channel], __ATOMIC_ACQUIRE) == 0:
+                # A worker that takes the channel up at this moment writes another epoch.
+                swap_word(at, &epoch, 0, False, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)
+
     def owner(self) -> tuple[int, int, int, bytes]:
         """(magic, version, instance, boot id) as they stand there now."""
         cdef ring_control *c = control(&self.m)
         return c.magic, c.version, ring_load(&c.instance), c.boot[:16]
+
+    @property
+    def is_ours(self) -> bool:
+        """As the engine: whether nobody else has laid it out, or spoilt what stands in front."""
+        cdef ring_control *c = control(&self.m)
+        return c.magic == RING_MAGIC and ring_load(&c.instance) == self.m.instance
+
+    def give_up(self) -> None:
+        """Take it for lost: whoever works in it ends."""
+        store_int(&self.m.lost, 1, __ATOMIC_RELEASE)
 
     def pulse(self) -> int:
         """The engine's beat."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import mmap
 import os
 import secrets
 import socket
@@ -78,15 +79,23 @@ def open_memory(address: RingAddress, *, create: bool = False) -> int:
 
 def lock_byte(fd: int, at: int) -> bool:
     """Take one byte's lock for this open file description; False if somebody else has it."""
-    # struct flock: l_type, l_whence, l_start, l_len, l_pid
-    request = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, at, 1, 0)
     try:
-        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, request)
+        _set_lock(fd, at, fcntl.F_WRLCK)
     except OSError as error:
         if error.errno in (errno.EAGAIN, errno.EACCES):
             return False
         raise
     return True
+
+
+def unlock_byte(fd: int, at: int) -> None:
+    """Give a byte's lock back. To close the descriptor is not enough while a mapping of it lasts."""
+    _set_lock(fd, at, fcntl.F_UNLCK)
+
+
+def _set_lock(fd: int, at: int, kind: int) -> None:
+    # struct flock: l_type, l_whence, l_start, l_len, l_pid
+    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", kind, os.SEEK_SET, at, 1, 0))
 
 
 # ---------------------------------------------------------------------------------------------------------- connecting
@@ -96,9 +105,8 @@ def connect_ring(address: RingAddress, timeout_s: float) -> RingConnection:
     """Claim a channel and have the engine take it up. Raises ConnectError."""
     deadline = time.monotonic() + timeout_s
     try:
-        shared = _shared(address)
         while True:
-            connection = shared.connect(deadline)
+            connection = _shared(address).connect(deadline)     # the engine may be another by now
             if connection is not None:
                 return connection
             if time.monotonic() > deadline:
@@ -115,6 +123,8 @@ class _Shared:
         self.address = address
         found = os.fstat(fd)
         self.identity = (found.st_dev, found.st_ino, found.st_size)
+        if found.st_size < mmap.PAGESIZE:
+            raise self._fail(f"no engine serves there: it has {found.st_size} bytes", errno.ECONNREFUSED)
         self.memory = RingMemory(fd)
         self._check()
         self._link: Link | None = None
@@ -125,8 +135,6 @@ class _Shared:
 
     def _check(self) -> None:
         """See that an engine has laid the memory out, in a way that we know and that fits."""
-        if self.memory.size < GREETING.size or self.memory.size < 4096:
-            raise self._fail(f"it is too small ({self.memory.size} bytes)", errno.EINVAL)
         magic, version, instance, self.boot = self.memory.owner()
         if magic != MAGIC or instance == 0:
             raise self._fail("no engine serves there", errno.ECONNREFUSED)
@@ -144,8 +152,14 @@ class _Shared:
     # ---- claims ----
 
     def connect(self, deadline: float) -> RingConnection | None:
-        """One attempt with the first channel that is free; None if the engine has not done with its last user."""
-        claim, number = self._claim()
+        """One attempt with the first channel that is free; None if the engine has not done with its last user.
+
+        Raises ConnectError, or OSError.
+        """
+        claimed = self._claim()
+        if claimed is None:
+            return None
+        claim, number = claimed
         epoch = secrets.randbits(63) | 1
         try:
             bell, kind = self._bell(number, epoch, deadline)
@@ -166,18 +180,24 @@ class _Shared:
         connection.close()
         return None
 
-    def _claim(self) -> tuple[int, int]:
-        """A descriptor that holds the lock of a channel, and the channel's number."""
+    def _claim(self) -> tuple[int, int] | None:
+        """A descriptor that holds the lock of a channel, and the channel's number. None: one will be free soon."""
         fd = open_memory(self.address)
         try:
-            for number in range(self.memory.channels):
-                if lock_byte(fd, CHANNEL_LOCKS_AT + number):
-                    return fd, number
+            found = os.fstat(fd)
+            if (found.st_dev, found.st_ino) == self.identity[:2]:
+                # A channel that is served all the same has a client on another machine, or one that has just died.
+                served = [number for number in range(self.memory.channels) if self.memory.is_served(number)]
+                for number in range(self.memory.channels):
+                    if number not in served and lock_byte(fd, CHANNEL_LOCKS_AT + number):
+                        return fd, number
+                if not any(lock_byte(fd, CHANNEL_LOCKS_AT + number) for number in served):
+                    raise self._fail(f"all {self.memory.channels} channels are taken", errno.EBUSY)
         except BaseException:
             os.close(fd)
             raise
         os.close(fd)
-        raise self._fail(f"all {self.memory.channels} channels are taken", errno.EBUSY)
+        return None
 
     def _bell(self, number: int, epoch: int, deadline: float) -> tuple[socket.socket, int]:
         """Our end of the channel's bell, and of which kind it is."""

@@ -4,8 +4,8 @@ FIFOs and devices branch off to streams.pyx.
 
 Sources: open(2), openat(2), pread(2), copy_file_range(2), fallocate(2), ioctl_iflags(2), <linux/fs.h>.
 """
-from libc.errno cimport EACCES, EAGAIN, EBADF, EEXIST, EINVAL, EISDIR, ELOOP, EMSGSIZE, ENOENT, ENOTTY, EROFS, \
-    ESPIPE, ESRCH, ESTALE, errno
+from libc.errno cimport EACCES, EAGAIN, EBADF, EEXIST, EFAULT, EINVAL, EIO, EISDIR, ELOOP, EMSGSIZE, ENOENT, \
+    ENOTTY, EROFS, ESPIPE, ESRCH, ESTALE, errno
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
@@ -275,6 +275,11 @@ cdef int op_tmpfile(request *r) noexcept nogil:
 
 # ---- data --------------------------------------------------------------------------------------------------------
 
+cdef int _transfer_error(int error) noexcept nogil:
+    """Only memory that is shared with the client fails, when it is taken away: that is no mistake of the caller's."""
+    return -EIO if error == -EFAULT else error
+
+
 cdef ssize_t _read(const handle *h, uint8_t *data, size_t size, uint64_t offset) noexcept nogil:
     """pread(2); of a file that knows no offsets, what comes next."""
     cdef ssize_t got = pread(h.fd, data, size, offset)
@@ -302,8 +307,10 @@ cdef int op_read(request *r) noexcept nogil:
         r.reply_bytes = r.pipe.bytes
     elif error == 0:
         got = _read(h, r.reply, body.size, body.offset)
-        error = -errno if got < 0 else 0
+        error = _transfer_error(-errno) if got < 0 else 0
         r.reply_bytes = max(got, 0)
+        if r.reply_bytes < body.size:
+            r.reply[r.reply_bytes] = 0      # if it was no end of file but a bus error, the memory is marked lost now
         if error == -EAGAIN and h.flags & HANDLE_POLLABLE:
             error = read_stream(r, h, body)     # trace_pipe and the like: what comes next, when it comes
     if error != DEFERRED:
@@ -355,7 +362,7 @@ cdef int op_write(request *r) noexcept nogil:
     elif error == 0:
         _as_writer(r, body.flags)
         done = _write(h, r.body + sizeof(write_request), body)
-        error = -errno if done < 0 else 0
+        error = _transfer_error(-errno) if done < 0 else 0
         (<count_reply *>r.reply).count = max(done, 0)
         r.reply_bytes = sizeof(count_reply)
     if error != DEFERRED:

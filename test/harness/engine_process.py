@@ -126,7 +126,8 @@ class EngineProcess:
                 raise AssertionError(f"the engine did not start:\n{self.log()[begin:]}")
             return found
 
-        self._address = parse_address(wait_until(ready, "the engine's ready line", START_TIMEOUT_S).group(1))
+        found = wait_until(ready, "the engine's ready line", START_TIMEOUT_S)
+        self._address = parse_address(found.group(1).split(", ")[0])
 
     def command(self) -> list[str]:
         program = ["-m", "qtfs_server.cli"] if self._plain else [str(OBSERVED), str(self._figures_path)]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from harness import wire
+from harness.engine_process import ALL_TRANSPORTS
 from harness.session import MAX_PAYLOAD, Session
 from harness.wire import ROOT, Attributes
 
@@ -23,6 +24,8 @@ FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE = 1, 2, 16
 FS_IOC_GETFLAGS, FS_IOC_SETFLAGS, FS_IOC_FSGETXATTR = 0x80086601, 0x40086602, 0x801C581F
 FS_NODUMP_FL = 0x40
 SET_ATIME_NOW, SET_MTIME_NOW = 1 << 7, 1 << 8
+
+pytestmark = pytest.mark.parametrize("common_engine", ALL_TRANSPORTS, indirect=True, scope="session")
 
 
 def check_attributes(found: Attributes, path: Path) -> None:

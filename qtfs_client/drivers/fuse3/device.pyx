@@ -34,7 +34,11 @@ cdef enum:
 
 cdef int write_reply(int device, uint64_t unique, int error, const void *first, size_t first_bytes,
                      const void *second, size_t second_bytes) noexcept nogil:
-    """Answer a request, straight out of the caller's memory. 0; -ENOENT: it was aborted; other -errno."""
+    """Answer a request, straight out of the caller's memory. 0; -ENOENT: it was aborted; other -errno.
+
+    -EFAULT: the memory, which is shared with the engine, was taken away. Then the kernel has ended the request with EIO
+    (fuse_dev_do_write in fs/fuse/dev.c).
+    """
     cdef fuse_out_header head
     cdef iovec parts[3]
     cdef int count = 1

@@ -2,7 +2,7 @@
 
 Most requests are relayed: translated, sent, and the reply handed on. Some need no server, or more than one exchange.
 """
-from libc.errno cimport EACCES, EAGAIN, EINPROGRESS, EINVAL, EIO, ENODATA, ENOENT, ENOSYS, ENOTTY, EOPNOTSUPP, EPIPE
+from libc.errno cimport EACCES, EAGAIN, EFAULT, EINPROGRESS, EINVAL, EIO, ENODATA, ENOENT, ENOSYS, ENOTTY, EOPNOTSUPP, EPIPE
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memset
 
@@ -83,7 +83,7 @@ cdef void _conclude(worker *w, int status, message *given) noexcept nogil:
         _undo(w, given)
     elif given.head.error != 0:
         reply_error(w, _kernel_error(w, given.head.error))
-    elif w.row.answer(w, given) == -ENOENT:
+    elif w.row.answer(w, given) in (-ENOENT, -EFAULT):
         _undo(w, given)
 
 

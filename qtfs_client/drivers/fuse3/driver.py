@@ -310,6 +310,11 @@ class Fuse3Driver:
             watch=True,
             let_go=self._is_child,
         )
+        try:
+            self._engine.check_payload(ticket.max_payload, self._ticket)
+        except HandshakeError:
+            connection.close()
+            raise
         self._first, self._ticket = connection, ticket
         self._epoch += 1
         self._interruptions += 1

@@ -1,0 +1,55 @@
+"""Looking for messages without sleeping takes nothing from a program that computes on the same machine."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from harness.engine_process import EngineProcess
+from harness.mounts import MountProcess
+
+MEASURED_S = 2.0
+#: Of what it gets while nobody uses the mount.
+LEAST_SHARE = 0.95
+
+
+@contextlib.contextmanager
+def computing() -> Iterator[psutil.Process]:
+    """A program for each processor that never sleeps; the first of them."""
+    programs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in os.sched_getaffinity(0)]
+    try:
+        yield psutil.Process(programs[0].pid)
+    finally:
+        for program in programs:
+            program.kill()
+            program.wait()
+
+
+def share(program: psutil.Process, path: Path | None) -> float:
+    """The part of a processor that it gets while `path` is asked for a thousand times a second, or nobody asks."""
+    before, since = sum(program.cpu_times()[:2]), time.monotonic()
+    while time.monotonic() - since < MEASURED_S:
+        if path is not None:
+            path.stat()
+        time.sleep(0.001)
+    return float(sum(program.cpu_times()[:2]) - before) / (time.monotonic() - since)
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("transport", ["unix", "shm"])
+def test_who_computes_loses_nothing_to_those_who_look(transport: str, tmp_path: Path) -> None:
+    with (
+        EngineProcess(tmp_path / "engine", transport).running() as engine,
+        MountProcess(engine, engine.share, tmp_path / "mnt", "cache=none").running() as mounted,
+        computing() as program,
+    ):
+        (engine.share / "file").touch()
+        alone = share(program, None)
+        assert share(program, mounted.point / "file") >= LEAST_SHARE * alone

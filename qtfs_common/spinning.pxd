@@ -16,5 +16,3 @@ cdef bint spin_begin(spinner *s, int64_t now) noexcept nogil
 cdef int64_t spin_turn(spinner *s, int64_t now) noexcept nogil
 cdef bint spin_shares(spinner *s, int patience, int64_t now) noexcept nogil
 cdef void move_away() noexcept nogil
-cdef void move_to(int cpu) noexcept nogil
-cdef int this_cpu() noexcept nogil

@@ -25,10 +25,7 @@ cdef extern from "<sched.h>" nogil:
     int sched_getcpu()
     int sched_getaffinity(int, size_t, cpu_set_t *)
     int sched_setaffinity(int, size_t, const cpu_set_t *)
-    void CPU_ZERO(cpu_set_t *)
-    void CPU_SET(int, cpu_set_t *)
     void CPU_CLR(int, cpu_set_t *)
-    int CPU_ISSET(int, const cpu_set_t *)
     int CPU_COUNT(const cpu_set_t *)
 
 cdef enum:
@@ -75,10 +72,6 @@ cdef bint spin_shares(spinner *s, int patience, int64_t now) noexcept nogil:
     return True
 
 
-cdef int this_cpu() noexcept nogil:
-    return sched_getcpu()
-
-
 cdef void _visit(const cpu_set_t *allowed, const cpu_set_t *where) noexcept nogil:
     """Go there at once; the scheduler may take us elsewhere later."""
     if CPU_COUNT(where) > 0 and sched_setaffinity(0, sizeof(cpu_set_t), where) == 0:
@@ -92,12 +85,3 @@ cdef void move_away() noexcept nogil:
         others = allowed
         CPU_CLR(sched_getcpu(), &others)
         _visit(&allowed, &others)
-
-
-cdef void move_to(int cpu) noexcept nogil:
-    """To one processor, if we may use it."""
-    cdef cpu_set_t allowed, there
-    if sched_getaffinity(0, sizeof(allowed), &allowed) == 0 and CPU_ISSET(cpu, &allowed):
-        CPU_ZERO(&there)
-        CPU_SET(cpu, &there)
-        _visit(&allowed, &there)

@@ -1,7 +1,6 @@
 from libc.stdint cimport uint32_t, uint64_t
 
 cdef int caller_groups(uint32_t pid, uint32_t *groups, int room) noexcept nogil
-cdef int caller_cpu(uint32_t pid) noexcept nogil
 cdef uint32_t caller_process(uint32_t pid) noexcept nogil
 cdef bint process_is_called(uint64_t pid, const char *names) noexcept nogil
 cdef int caller_opens(uint32_t pid) noexcept nogil

@@ -4,7 +4,7 @@ The caller sleeps in the very request that is being translated, so what is read 
 `pid` is the thread's id, in the pid namespace of the mount; 0 where the caller is outside of that.
 """
 from libc.stdint cimport uint32_t, uint64_t
-from libc.string cimport strchr, strcmp, strlen, strrchr
+from libc.string cimport strcmp, strlen
 
 from qtfs_client.includes.linux cimport O_ACCMODE, O_CLOEXEC, O_PATH, O_RDONLY, O_RDWR, O_WRONLY, R_OK, W_OK, close, open, \
     openat, read, snprintf, strstr, strtoul, strtoull
@@ -49,7 +49,6 @@ cdef extern from "<unistd.h>" nogil:
     int usleep(unsigned int)
 
 cdef enum:
-    STAT_BYTES = 1024               # a name of 64 bytes, and some 50 numbers
     STATUS_BYTES = 16384            # 1024 groups of ten digits and all the rest
     # A caller that has sent its request may not be asleep yet: looked at so often, then once a millisecond, so often.
     QUICK_LOOKS = 10
@@ -99,26 +98,6 @@ cdef int caller_groups(uint32_t pid, uint32_t *groups, int room) noexcept nogil:
         at = end
         count += 1
     return count
-
-
-cdef int caller_cpu(uint32_t pid) noexcept nogil:
-    """The processor that a thread ran on last: field 39 of /proc/PID/stat. -1 if it cannot be seen."""
-    cdef char text[STAT_BYTES]
-    cdef char path[32]
-    cdef char *at
-    cdef ssize_t got = 0
-    cdef int spaces = 0
-    snprintf(path, sizeof(path), "%u/stat", pid)
-    cdef int fd = openat(_proc, path, O_RDONLY | O_CLOEXEC) if pid > 0 else -1
-    if fd >= 0:
-        got = read(fd, text, STAT_BYTES - 1)
-        close(fd)
-    text[max(got, 0)] = 0
-    at = strrchr(text, b')')            # the name before it may hold anything
-    while at != NULL and spaces < 37:   # the name is field 2
-        at = strchr(at + 1, b' ')
-        spaces += 1
-    return <int>strtoul(at + 1, NULL, 10) if at != NULL else -1
 
 
 cdef uint32_t caller_process(uint32_t pid) noexcept nogil:

@@ -14,14 +14,14 @@ it grants; or until the connection ends.
 from libc.errno cimport EAGAIN, EINTR, EIO, ENODEV
 from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 
-from qtfs_client.drivers.fuse3.callers cimport caller_cpu, caught_signal_pending, fatal_signal_pending
+from qtfs_client.drivers.fuse3.callers cimport caught_signal_pending, fatal_signal_pending
 from qtfs_client.drivers.fuse3.device cimport reply_error
 from qtfs_client.drivers.fuse3.state cimport LINK_LOST, LINK_READY, LINK_UP, MUST_ARRIVE, PHASE_BUILD, PHASE_SEND, \
     PHASE_SENT, builder, line, mount_state, worker
 from qtfs_client.includes.linux cimport POLLIN, eventfd_read, eventfd_write, load_i64, load_int, load_u64, poll, pollfd, \
     pthread_mutex_lock, pthread_mutex_unlock, store_int
 from qtfs_common.protocol cimport MESSAGE_REPLY
-from qtfs_common.spinning cimport SPIN_CAP_US, move_to, spin_begin, spin_shares, spin_turn, this_cpu
+from qtfs_common.spinning cimport SPIN_CAP_US, move_away, spin_begin, spin_shares, spin_turn
 from qtfs_common.transport cimport WAIT_READABLE, WAIT_WOKEN, WAIT_WRITABLE, message, now_us
 
 cdef enum:
@@ -132,13 +132,6 @@ cdef int _receive(worker *w, message *reply) noexcept nogil:
     return 0
 
 
-cdef void _join_caller(worker *w) noexcept nogil:
-    """Go where the caller runs: the engine is best alone on the processor that we have shared with it."""
-    cdef int cpu = caller_cpu(w.request.pid)
-    if cpu >= 0 and cpu != this_cpu():
-        move_to(cpu)
-
-
 cdef int _spin(worker *w, message *reply) noexcept nogil:
     """Look for the reply without sleeping, for at most spin_us: 1 or 0 as _receive."""
     cdef int64_t now = now_us()
@@ -152,8 +145,10 @@ cdef int _spin(worker *w, message *reply) noexcept nogil:
             look = w.spinner.spent_us + PATIENCE_US // 4
             if not is_quiet(w.mount.device):
                 hand_over(w)
+    # Not where the caller runs, as /proc/PID/stat would tell: in execve(2) it may hold what that waits for, and we are
+    # what it waits for.
     if spin_shares(&w.spinner, SHARED_TURNS, now):
-        _join_caller(w)
+        move_away()
     if found:
         w.spin_credit = min(w.spin_credit + 1, SPIN_CREDIT)
     else:

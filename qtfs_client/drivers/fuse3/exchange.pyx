@@ -145,8 +145,8 @@ cdef int _spin(worker *w, message *reply) noexcept nogil:
             look = w.spinner.spent_us + PATIENCE_US // 4
             if not is_quiet(w.mount.device):
                 hand_over(w)
-    # Not where the caller runs, as /proc/PID/stat would tell: in execve(2) it may hold what that waits for, and we are
-    # what it waits for.
+    # Not where the caller runs, as /proc/PID/stat would tell: reading that was seen to sleep, beyond any signal, while
+    # the caller slept in a FLUSH of ours at its exit.
     if spin_shares(&w.spinner, SHARED_TURNS, now):
         move_away()
     if found:

@@ -8,15 +8,24 @@ SYSCONFDIR ?= /etc
 SBINDIR    ?= /sbin
 DESTDIR    ?=
 QTFS_DEBUG ?= 0
+QTFS_SANITIZE ?= 0
+# Two workers: one for what test/conftest.py sets apart, one for everything else. (PYTEST_ARGS="-n 0": none.)
 PYTEST_ARGS ?=
+TEST_WORKERS = -n 2 --dist loadscope --max-worker-restart 0
+SOAK_SECONDS ?= 300
+# What make sanitize runs: tests of commands and of whole programs would be three times as slow.
+SANITIZE_ARGS ?= test/level0_codec test/level1_common test/level2_server test/level3_mount
+FUZZ_SECONDS ?= 600
 
-export PREFIX SYSCONFDIR SBINDIR DESTDIR QTFS_DEBUG
+export PREFIX SYSCONFDIR SBINDIR DESTDIR QTFS_DEBUG QTFS_SANITIZE
 
 PACKAGES = qtfs_common qtfs_server qtfs_client ipc rexec qtinfo
 PRESENT := $(wildcard $(PACKAGES))
 PY       = .venv/bin/python
-MODE    := $(if $(filter-out 0,$(QTFS_DEBUG)),debug,release)
-BUILT    = build/built-$(MODE)
+MODE    := $(if $(filter-out 0,$(QTFS_SANITIZE)),sanitize,$(if $(filter-out 0,$(QTFS_DEBUG)),debug,release))
+# Without libfuse 3's headers a module is left out; once they have come, it is not.
+FUSE3   := $(shell pkg-config --exists fuse3 2>/dev/null || echo -without-fuse3)
+BUILT    = build/built-$(MODE)$(FUSE3)
 SOURCES := setup.py $(if $(PRESENT),$(shell find $(PRESENT) -name '*.pyx' -o -name '*.pxd' -o -name '*.pxi' -o -name '*.h'))
 
 # Commands that run from where they are after make, as FILE:MODULE; those whose package has not come yet are left out.
@@ -24,7 +33,7 @@ COMMANDS  = qtfs_server/engine:qtfs_server.cli qtfs_client/mount.qtfs:qtfs_clien
             qtfs_client/qtctl:qtfs_client.qtctl
 LAUNCHERS = $(foreach c,$(COMMANDS),$(if $(wildcard $(firstword $(subst /, ,$(c)))),$(firstword $(subst :, ,$(c)))))
 
-.PHONY: all ext deps demo test bench lint debug install uninstall dist clean distclean help FORCE
+.PHONY: all ext deps demo test soak bench lint debug sanitize fuzz install uninstall dist clean distclean help FORCE
 
 all: ext $(LAUNCHERS)
 
@@ -32,8 +41,11 @@ help:
 	@echo "all (default)  build in place; then the commands run from there"
 	@echo "deps           install what is missing: system packages (root) and .venv"
 	@echo "demo           the tour on this machine      test   the tests (PYTEST_ARGS=...)"
+	@echo "soak           faults and deaths by seed, for SOAK_SECONDS=$(SOAK_SECONDS); SOAK_ARGS=--help says more"
 	@echo "bench          speed beside others           lint   ruff, mypy, Cython's warnings"
 	@echo "debug          all, with assertions (any target: QTFS_DEBUG=1)"
+	@echo "sanitize       tests over a build with the address and undefined-behaviour sanitizers (SANITIZE_ARGS=...)"
+	@echo "fuzz           hostile bytes for both decoders and the engine (FUZZ_SECONDS=$(FUZZ_SECONDS))"
 	@echo "install        into DESTDIR, PREFIX=$(PREFIX); uninstall takes it away, /etc/qtfs stays"
 	@echo "dist           sdist and wheel in dist/      clean  distclean"
 
@@ -65,7 +77,12 @@ demo:
 test:
 	scripts/deps.sh build test venv kernel
 	$(MAKE) all
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) -m pytest $(TEST_WORKERS) $(PYTEST_ARGS)
+
+soak:
+	scripts/deps.sh build test venv
+	$(MAKE) all
+	$(PY) test/soak/run.py --seconds $(SOAK_SECONDS) $(SOAK_ARGS)
 
 bench:
 	scripts/deps.sh build bench
@@ -79,6 +96,20 @@ lint: venv
 
 debug:
 	$(MAKE) all QTFS_DEBUG=1
+
+# Afterwards the modules in place are those of the other mode again: sanitized ones load under the sanitizer only.
+sanitize:
+	scripts/deps.sh build test venv
+	$(MAKE) all QTFS_SANITIZE=1
+	scripts/sanitized.sh unshare -m $(PY) -m pytest $(TEST_WORKERS) --dist loadfile -m "not memory" $(SANITIZE_ARGS); \
+	    status=$$?; $(MAKE) all QTFS_SANITIZE=0; exit $$status
+
+# The instrumented modules stay apart from those in place.
+fuzz:
+	scripts/deps.sh build fuzz venv atheris
+	$(MAKE) ext
+	CC=clang QTFS_FUZZ=1 flock build/lock $(PY) setup.py -q build --build-lib build/fuzz/lib --build-temp build/fuzz/temp
+	unshare -m $(PY) test/fuzz/run.py --seconds $(FUZZ_SECONDS) $(FUZZ_ARGS)
 
 # The wheel is made from the sdist, so a file that the sdist forgot is noticed here and not by a user.
 dist: venv

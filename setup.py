@@ -2,8 +2,10 @@
 
 Every ``**/*.pyx`` of the packages that exist becomes one extension, so a new module needs no entry here.
 
-Environment: ``QTFS_DEBUG=1`` builds with assertions, bounds checks and ``-Og``. The generated C and the objects of the
-two modes live apart under ``build/``, so going back and forth recompiles nothing.
+Environment: ``QTFS_DEBUG=1`` builds with assertions, bounds checks and ``-Og``; ``QTFS_SANITIZE=1`` with these and the
+address and undefined-behaviour sanitizers (``make sanitize`` knows how to run that); ``QTFS_FUZZ=1``, with clang, for
+``make fuzz``. The generated C and the objects of the modes live apart under ``build/``, so going back and forth
+recompiles nothing.
 """
 
 import filecmp
@@ -25,8 +27,9 @@ PACKAGES = ("qtfs_common", "qtfs_server", "qtfs_client", "ipc", "rexec", "qtinfo
 # Modules that need a system library. Without it the module is left out with a warning: a server needs no libfuse.
 PKG_CONFIG = {"qtfs_client.drivers.mounting": "fuse3"}
 
-DEBUG = os.environ.get("QTFS_DEBUG", "0") not in ("", "0")
-MODE = "debug" if DEBUG else "release"
+MODES = [m for m in ("fuzz", "sanitize", "debug") if os.environ.get(f"QTFS_{m.upper()}", "") not in ("", "0")]
+MODE = MODES[0] if MODES else "release"
+DEBUG = MODE != "release"
 JOBS = len(os.sched_getaffinity(0))
 
 DIRECTIVES = {
@@ -38,9 +41,20 @@ DIRECTIVES = {
     "nonecheck": DEBUG,
 }
 
+#: Of the address sanitizer's own reports none is survived; the other's would be, and then nobody would look.
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
+OPTIMIZATION = {
+    "release": ["-O2", "-g"],
+    "debug": ["-Og", "-g3", "-UNDEBUG"],
+    "sanitize": ["-O1", "-g", "-UNDEBUG", *SANITIZERS],
+    # For the libFuzzer and the address sanitizer that atheris brings along, to be loaded first.
+    "fuzz": ["-O1", "-g", "-UNDEBUG", "-fsanitize=fuzzer-no-link,address", "-fno-omit-frame-pointer"],
+}[MODE]
+LINKING = SANITIZERS if MODE == "sanitize" else []
+
 # The -Wno- are for code that Cython generates whether or not a module uses it.
 C_FLAGS = [
-    *(["-Og", "-g3", "-UNDEBUG"] if DEBUG else ["-O2", "-g"]),
+    *OPTIMIZATION,
     "-Wall",
     "-Wextra",
     "-Wno-unused-function",
@@ -88,7 +102,7 @@ def extensions() -> list[Extension]:
                 define_macros=C_MACROS,
                 depends=headers,
                 extra_compile_args=C_FLAGS + library.get("extra_compile_args", []),
-                extra_link_args=library.get("extra_link_args", []),
+                extra_link_args=LINKING + library.get("extra_link_args", []),
             )
         )
     return found

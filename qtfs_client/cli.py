@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
+import functools
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -15,25 +18,62 @@ from types import FrameType
 
 from qtfs_client.connection import Engine
 from qtfs_client.control import CONTROL_SLOTS, ControlServer, ControlSession
-from qtfs_client.daemon import detach
+from qtfs_client.daemon import ENDING_SIGNALS, detach
 from qtfs_client.drivers import Driver, MountError, choose
 from qtfs_client.mountpoint import check_mountpoint, device_of, wait_for_answer
-from qtfs_client.options import MountExit, MountOptions, OptionError, parse_command_line, parse_words, split_options
+from qtfs_client.options import (
+    MountExit,
+    MountOptions,
+    OptionError,
+    parse_command_line,
+    parse_words,
+    real_mountpoint,
+    split_options,
+)
 from qtfs_client.places import place_of, real_path
 from qtfs_client.remote_host import RemoteHost, control_socket, served_from
 from qtfs_client.remote_mount import mount_call, translator
 from qtfs_common import auth, logs, rundir
+from qtfs_common.addresses import TcpAddress
 from qtfs_common.config import CLIENT_SCHEMA, DEFAULT_CLIENT_CONFIG, load_config
 from qtfs_common.errors import AddressError, ConfigError, QtfsError
+from qtfs_common.protocol import LIMITS
+from qtfs_common.special import concerned
 
 log = logging.getLogger(__name__)
 
 _PROGRAM = "mount.qtfs"
 
 
+@functools.cache
+def _key(file: str) -> bytes:
+    """Read once: after mount.qtfs -N there are other files."""
+    return auth.load_key(Path(file))
+
+
 def _engine(options: MountOptions) -> Engine:
-    key = auth.load_key(Path(options.key_file)) if options.key_file else None
-    return Engine(options.server, key, options.timeout_s)
+    return Engine(options.server, _key(options.key_file) if options.key_file else None, options.timeout_s)
+
+
+def _enter_namespace(options: MountOptions, namespace: str) -> MountOptions:
+    """Go to the mount namespace of -N, of which nothing is believed or executed. Raises QtfsError."""
+    choose(options.driver)  # what it keeps of this namespace has to be opened now
+    if options.key_file:
+        _key(options.key_file)
+    if isinstance(options.server, TcpAddress):
+        with contextlib.suppress(OSError, UnicodeError):
+            socket.getaddrinfo(options.server.host, options.server.port)  # loads what resolves names
+    for rule in concerned(options.rules, options.source):
+        if rule.command:
+            path = os.fsdecode(b"/" + b"/".join(rule.pattern))
+            raise MountError(f"-N: the special rule for {path} has a command, which would be one of that namespace")
+    from qtfs_client.drivers.mounting import enter_mount_namespace
+
+    enter_mount_namespace(namespace)
+    sys.path.clear()  # no module from there either
+    if os.path.isfile("/etc/mtab") and not os.path.islink("/etc/mtab"):
+        raise MountError("-N: that namespace keeps /etc/mtab as a file: libfuse would run a program from there for it")
+    return dataclasses.replace(options, mountpoint=real_mountpoint(options.mountpoint))
 
 
 def _open_driver(options: MountOptions) -> Driver:
@@ -42,11 +82,11 @@ def _open_driver(options: MountOptions) -> Driver:
     if options.propagate and not driver.propagates:
         raise MountError("option 'propagate': the llfuse driver cannot do that")
     engine = _engine(options)
-    # To follow the server's mounts takes a slot too.
+    # More than `threads`: to follow the server's mounts takes a slot, and so does each request that hangs there.
     connection, ticket = engine.mount(
         options.source,
         read_only=options.read_only,
-        slots=options.channels + options.propagate,
+        slots=LIMITS["MAX_SLOTS"],
         control=CONTROL_SLOTS,
         watch=True,
     )
@@ -62,8 +102,10 @@ def _controlled(options: MountOptions, driver: Driver) -> Iterator[None]:
         if device is not None:
             path = control_socket(rundir.run_directory(options.run_dir), device)
             session = ControlSession(_engine(options), lambda: driver.ticket, options.timeout_s)
-            server = ControlServer(path, session, driver.forget_name, lazy_cleanup=options.lazy_cleanup)
-    except QtfsError as error:
+            server = ControlServer(
+                path, session, driver.forget_name, driver.figures, lazy_cleanup=options.lazy_cleanup
+            )
+    except (QtfsError, OSError) as error:
         log.warning("no control socket: %s", error)
     try:
         yield
@@ -79,8 +121,18 @@ def _unmount_on_signals(driver: Driver) -> None:
         # In a thread of its own: the one that the signal stopped may hold whatever unmounting needs.
         threading.Thread(target=driver.unmount, daemon=True).start()
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in ENDING_SIGNALS:
         signal.signal(number, unmount)
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Signals that end us wait for the end of the body."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _serve(options: MountOptions, ready: Callable[[], None]) -> int:
@@ -88,8 +140,9 @@ def _serve(options: MountOptions, ready: Callable[[], None]) -> int:
     try:
         driver = _open_driver(options)
         try:
-            driver.mount()
-            _unmount_on_signals(driver)
+            with _signals_held():
+                driver.mount()
+                _unmount_on_signals(driver)
             with _controlled(options, driver):
                 ready()
                 logs.setup(options.log_level, program=_PROGRAM)
@@ -117,18 +170,12 @@ def _complain(error: QtfsError) -> int:
 
 
 def _mount_in_background(options: MountOptions) -> int:
-    status = detach(lambda ready: _serve(options, ready))
-    if status == 0:
-        wait_for_answer(options)
-    return status
+    return detach(lambda ready: _serve(options, ready), lambda: wait_for_answer(options))
 
 
 def _run(options: MountOptions) -> int:
     if options.namespace is not None:
-        choose(options.driver)  # what it keeps of this namespace has to be opened now
-        from qtfs_client.drivers.mounting import enter_mount_namespace
-
-        enter_mount_namespace(options.namespace)
+        options = _enter_namespace(options, options.namespace)
     for word in options.ignored:
         print(f"{_PROGRAM}: option '{word}' is unknown and ignored", file=sys.stderr)
     check_mountpoint(options.mountpoint)
@@ -176,6 +223,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return status
     except QtfsError as error:
         return _complain(error)
+    except KeyboardInterrupt:
+        print(f"{_PROGRAM}: interrupted", file=sys.stderr)
+        return MountExit.INTERRUPTED
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +35,7 @@ _MOUNT_LET_GO = 4
 #: An extended attribute of the largest size has to fit.
 _MIN_PAYLOAD = 65536
 _MOUNT_FAILURE = 32  # mount(8), section "EXIT STATUS"
-#: Seconds for one exchange of the handshake where the user said "wait for ever".
+#: Seconds for the handshake where the user said "wait for ever".
 _FOR_EVER_S = 1e6
 
 
@@ -74,7 +75,10 @@ def encode(op: int, body: bytes = b"", *, slot: int = 0, sequence: int = 0, tag:
 
 
 class Engine:
-    """Where an engine is and how to prove who we are; opens connections that are past the handshake."""
+    """Where an engine is and how to prove who we are; opens connections that are past the handshake.
+
+    `timeout_s` bounds each attempt as a whole: connecting, greeting, and what comes of it.
+    """
 
     def __init__(self, address: Address, key: bytes | None = None, timeout_s: float = 30.0) -> None:
         self.address = address
@@ -101,12 +105,13 @@ class Engine:
         server from unmounting what the directory lies on.
         Raises ConnectError if nobody answers, HandshakeError with the cause if the engine refuses.
         """
-        connection = self._connect()
+        deadline_s = time.monotonic() + self._timeout_s
+        connection = self._connect(deadline_s)
         try:
             flags = read_only * _MOUNT_READ_ONLY | watch * _MOUNT_WATCH | let_go * _MOUNT_LET_GO
             wanted = min(slots + control, LIMITS["MAX_SLOTS"]) if control else slots
             body = _MOUNT_REQUEST.pack(flags, wanted) + os.fsencode(source)
-            error, reply = self._exchange(connection, OPERATIONS["MOUNT"], body)
+            error, reply = self._exchange(connection, OPERATIONS["MOUNT"], body, deadline_s)
             if error:
                 raise HandshakeError(self._mount_failure(source, error), error)
             session, secret, granted, grace_s = self._unpack(_MOUNT_REPLY, reply)
@@ -121,10 +126,11 @@ class Engine:
 
         Raises SessionLostError if the session has ended, ConnectError or HandshakeError for the rest.
         """
-        connection = self._connect()
+        deadline_s = time.monotonic() + self._timeout_s
+        connection = self._connect(deadline_s)
         try:
             body = _ATTACH_REQUEST.pack(ticket.session, ticket.secret, slot, 0)
-            error, reply = self._exchange(connection, OPERATIONS["ATTACH"], body)
+            error, reply = self._exchange(connection, OPERATIONS["ATTACH"], body, deadline_s)
             if error == errno.ESTALE:
                 raise SessionLostError(f"{self.address}: the engine has forgotten this mount", error)
             if error:
@@ -142,13 +148,17 @@ class Engine:
             raise HandshakeError(f"{self.address}: the engine takes {payload} bytes at once now, where it took "
                                  f"{ticket.max_payload}: mount again", errno.EMSGSIZE)
 
+    def connect(self) -> Connection:
+        """A connection past HELLO and AUTHENTICATE, which belongs to no session. Raises as `attach`."""
+        return self._connect(time.monotonic() + self._timeout_s)
+
     # ------------------------------------------------------------------------------------------------- handshake
 
-    def _connect(self) -> Connection:
+    def _connect(self, deadline_s: float) -> Connection:
         """A connection past HELLO and AUTHENTICATE."""
         connection = self._reach()
         try:
-            self._hello(connection)
+            self._hello(connection, deadline_s)
         except BaseException:
             connection.close()
             raise
@@ -162,10 +172,10 @@ class Engine:
         sock.setblocking(False)
         return Connection(sock.detach())
 
-    def _hello(self, connection: Connection) -> None:
+    def _hello(self, connection: Connection, deadline_s: float) -> None:
         nonce = auth.new_nonce()
         body = _HELLO.pack(MAGIC, VERSION, VERSION, 0, 0, nonce)
-        error, reply = self._exchange(connection, OPERATIONS["HELLO"], body)
+        error, reply = self._exchange(connection, OPERATIONS["HELLO"], body, deadline_s)
         if error == errno.EPROTONOSUPPORT:
             raise HandshakeError(f"{self.address}: version mismatch: the engine does not speak version "
                                  f"{VERSION} of the protocol", error)
@@ -179,15 +189,15 @@ class Engine:
             raise HandshakeError(f"{self.address}: the engine takes {payload} bytes at once: too few", errno.EPROTO)
         connection.max_payload = min(payload, LIMITS["MAX_PAYLOAD"])
         if authentication:
-            self._authenticate(connection, nonce, server_nonce)
+            self._authenticate(connection, nonce, server_nonce, deadline_s)
 
-    def _authenticate(self, connection: Connection, nonce: bytes, server_nonce: bytes) -> None:
+    def _authenticate(self, connection: Connection, nonce: bytes, server_nonce: bytes, deadline_s: float) -> None:
         """Prove that we know the key, and see that the engine does."""
         if self._key is None:
             raise HandshakeError(f"{self.address}: the engine demands authentication: give key_file=FILE", errno.EACCES)
         binding = nonce + server_nonce
         ours = auth.proof(self._key, auth.CLIENT, nonce, server_nonce, binding)
-        error, theirs = self._exchange(connection, OPERATIONS["AUTHENTICATE"], ours)
+        error, theirs = self._exchange(connection, OPERATIONS["AUTHENTICATE"], ours, deadline_s)
         if error:
             raise HandshakeError(f"{self.address}: authentication failed: the engine has another key", error)
         if not auth.verify(theirs, self._key, auth.SERVER, nonce, server_nonce, binding):
@@ -196,13 +206,13 @@ class Engine:
 
     # --------------------------------------------------------------------------------------------------- messages
 
-    def _exchange(self, connection: Connection, op: int, body: bytes) -> tuple[int, bytes]:
+    def _exchange(self, connection: Connection, op: int, body: bytes, deadline_s: float) -> tuple[int, bytes]:
         """One request and its reply: (errno, body)."""
         try:
-            connection.send(encode(op, body), self._timeout_s)
-            reply_op, flags, error, _slot, _sequence, _tag, reply = connection.receive(self._timeout_s)
+            connection.send(encode(op, body), deadline_s - time.monotonic())
+            reply_op, flags, error, _slot, _sequence, _tag, reply = connection.receive(deadline_s - time.monotonic())
         except TimeoutError as timeout:
-            raise HandshakeError(f"{self.address}: the engine does not answer", errno.ETIMEDOUT) from timeout
+            raise HandshakeError(f"{self.address}: the engine does not answer: timed out", errno.ETIMEDOUT) from timeout
         except OSError as failure:
             number = failure.errno or errno.EIO
             cause = "it is no qtfs engine" if number == errno.EPROTO else os.strerror(number)

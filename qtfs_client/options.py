@@ -82,6 +82,7 @@ class MountOptions:
     rules: tuple[Rule, ...] = ()
     foreground: bool = False
     propagate: bool = False
+    poll: bool = True
     fake: bool = False
     verbose: bool = False
     namespace: str | None = None
@@ -131,6 +132,8 @@ _WORDS: Mapping[str, Mapping[str, Any]] = {
     "proc": {"proc": True},
     "propagate": {"propagate": True},
     "nopropagate": {"propagate": False},
+    "poll": {"poll": True},
+    "nopoll": {"poll": False},
     "lazy_cleanup": {"lazy_cleanup": True},
     "nolazy_cleanup": {"lazy_cleanup": False},
 }
@@ -157,6 +160,7 @@ class _Words:
     foreground: bool = False
     proc: bool = False
     propagate: bool = False
+    poll: bool = True
     lazy_cleanup: bool = False
     contexts: dict[str, str] = field(default_factory=dict)
 
@@ -320,7 +324,7 @@ def _assemble(command: argparse.Namespace, parsed: _Parsed, layers: Layers, priv
         raise OptionError("option 'propagate': only root can mount what the server mounts")
     return MountOptions(
         source=_check_source(command.source),
-        mountpoint=_check_mountpoint(command.mountpoint),
+        mountpoint=command.mountpoint if command.namespace else real_mountpoint(command.mountpoint),
         server=_server(layers),
         read_only=words.read_only,
         kernel_flags=words.kernel_flags(privileged),
@@ -339,6 +343,7 @@ def _assemble(command: argparse.Namespace, parsed: _Parsed, layers: Layers, priv
         rules=_rules(words.proc, layers),
         foreground=words.foreground,
         propagate=words.propagate,
+        poll=words.poll,
         fake=command.fake,
         verbose=command.verbose,
         namespace=command.namespace,
@@ -380,7 +385,8 @@ def _check_source(source: str) -> str:
     return "/" + posixpath.normpath(source).lstrip("/")
 
 
-def _check_mountpoint(mountpoint: str) -> str:
+def real_mountpoint(mountpoint: str) -> str:
+    """The path of a mount point, in the namespace that we are in, without symbolic links. Raises OptionError."""
     resolved = os.path.realpath(mountpoint)
     # Nothing but existence: a mount point may be a file, and a dead mount on it fails every other look.
     try:

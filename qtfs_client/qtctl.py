@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import sys
 import time
@@ -19,22 +20,44 @@ from qtfs_client.remote_mount import Translate, mount_call, on_server, translato
 from qtfs_common import __version__, auth, logs
 from qtfs_common.addresses import DEFAULT_PORT, parse_address
 from qtfs_common.config import CLIENT_SCHEMA, DEFAULT_CLIENT_CONFIG, load_config
-from qtfs_common.errors import QtfsError
-from qtfs_common.remote_calls import ProcessRecord
+from qtfs_common.errors import AddressError, ConfigError, QtfsError
+from qtfs_common.remote_calls import MOST_MASK_BYTES, ProcessRecord
 
 _PROGRAM = "qtctl"
 _EPILOG = """DIR, and SOURCE if it is a path, are paths here, on a qtfs mount; with --server they are the server's.
-exit status: 0 done; 1 the server refused, with its reason; 2 a mistake in the command line"""
+exit status: 0 done; 1 the server refused, with its reason; 2 a mistake in the command line or the configuration"""
 
 # umount2(2)
 _MNT_FORCE = 1
 _MNT_DETACH = 2
+
+_MOST_PID = (1 << 31) - 1
+_MOST_TICKS = (1 << 64) - 1
+_MOST_SIGNAL = 64
+_MOST_CPU = 8 * MOST_MASK_BYTES - 1
 
 
 class _UsageError(QtfsError):
     """The command line cannot be used as it stands."""
 
     exit_code = 2
+
+
+def _number(text: str, least: int, most: int) -> int | None:
+    """A decimal number of that range; None if the text is none."""
+    return int(text) if re.fullmatch("[0-9]{1,20}", text) and least <= int(text) <= most else None
+
+
+def _between(least: int, most: int) -> Callable[[str], int]:
+    """For an argument that is such a number."""
+
+    def check(text: str) -> int:
+        number = _number(text, least, most)
+        if number is None:
+            raise argparse.ArgumentTypeError(f"'{text}' is not a number from {least} to {most}")
+        return number
+
+    return check
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -81,12 +104,13 @@ def _add_mount(commands: Any) -> None:
 def _add_processes(commands: Any) -> None:
     kill = commands.add_parser("kill", help="send a signal to processes of the server")
     kill.add_argument("-s", "--signal", metavar="SIGNAL", default="TERM", help="name or number (default TERM)")
-    kill.add_argument("--start", metavar="TICKS", type=int, default=0, help="only if it has this START, see ps")
-    kill.add_argument("pids", metavar="PID", type=int, nargs="+")
+    kill.add_argument("pids", metavar="PID", type=_between(1, _MOST_PID), nargs="+")
     taskset = commands.add_parser("taskset", help="show or change the processors of a process or thread")
     taskset.add_argument("-c", "--cpu-list", metavar="LIST", help="bind it to these, such as 0-3,8")
-    taskset.add_argument("--start", metavar="TICKS", type=int, default=0, help="only if it has this START, see ps")
-    taskset.add_argument("pid", metavar="PID", type=int)
+    taskset.add_argument("pid", metavar="PID", type=_between(1, _MOST_PID))
+    for command in (kill, taskset):
+        text = "only if it has this START, see ps"
+        command.add_argument("--start", metavar="TICKS", type=_between(0, _MOST_TICKS), default=0, help=text)
     commands.add_parser("ps", help="list the processes that the server lets us reach")
 
 
@@ -204,8 +228,9 @@ def _each(pids: Iterable[int], action: Callable[[int], None]) -> int:
 
 
 def _signal_number(text: str) -> int:
-    if text.isdigit():
-        return int(text)
+    number = _number(text, 0, _MOST_SIGNAL)
+    if number is not None:
+        return number
     try:
         return signal.Signals["SIG" + text.upper().removeprefix("SIG")].value
     except KeyError:
@@ -223,9 +248,10 @@ def _cpus(text: str) -> set[int]:
     found: set[int] = set()
     for part in text.split(","):
         first, dash, last = part.partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()) or int(last or first) >= 8192:
+        lowest, highest = _number(first, 0, _MOST_CPU), _number(last if dash else first, 0, _MOST_CPU)
+        if lowest is None or highest is None:
             raise _UsageError(f"'{text}' is no list of processors")
-        found.update(range(int(first), int(last or first) + 1))
+        found.update(range(lowest, highest + 1))
     return found
 
 
@@ -276,7 +302,7 @@ def main(words: Sequence[str] | None = None) -> int:
         return _COMMANDS[arguments.command](arguments, _Target(arguments))
     except QtfsError as error:
         print(f"{_PROGRAM}: {error}", file=sys.stderr)
-        return 2 if error.exit_code == 2 or isinstance(error, _UsageError) else 1
+        return 2 if error.exit_code == 2 or isinstance(error, AddressError | ConfigError) else 1
     except OSError as error:
         print(f"{_PROGRAM}: {arguments.command}: {error.strerror}", file=sys.stderr)
         return 1

@@ -249,6 +249,10 @@ class RemoteFS:
         """What joins the session as it is now."""
         return self._session.ticket
 
+    def figures(self) -> dict[str, int]:
+        """Counters of the session."""
+        return self._session.figures()
+
     def stop(self) -> None:
         """Let every call end with EIO, those under way within half a second."""
         self._session.stop()

@@ -20,7 +20,7 @@ import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Protocol
 
 from qtfs_client.connection import Engine
 from qtfs_client.places import QtfsMount, Served, place_of, real_path
@@ -85,16 +85,24 @@ class _Daemon:
         self._path = path
 
     def call(self, operation: str, body: bytes) -> bytes:
-        request = json.dumps({"operation": operation, "body": body.hex()}).encode() + b"\n"
+        return bytes.fromhex(self._ask({"operation": operation, "body": body.hex()})["body"])
+
+    def figures(self) -> dict[str, Any]:
+        """The daemon's own counters."""
+        figures: dict[str, Any] = self._ask({"operation": "FIGURES"})["figures"]
+        return figures
+
+    def _ask(self, question: dict[str, str]) -> dict[str, Any]:
+        request = json.dumps(question).encode() + b"\n"
         with self._connected() as sock, sock.makefile("rb") as replies:
             sock.sendall(request)
             line = replies.readline()
         if not line:
             raise OSError(errno.EIO, "the daemon of the mount has ended")
-        reply = json.loads(line)
+        reply: dict[str, Any] = json.loads(line)
         if reply["error"]:
             raise OSError(reply["error"], os.strerror(reply["error"]))
-        return bytes.fromhex(reply["body"])
+        return reply
 
     def _connected(self) -> socket.socket:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -124,6 +132,23 @@ def served_from(run_dir: str | None) -> Served:
     return lambda mount: os.path.exists(control_socket(directory, mount.device))
 
 
+def _daemon_of(mount: QtfsMount | str, run_dir: str | None) -> _Daemon:
+    if isinstance(mount, str):
+        place = place_of(real_path(mount), served_from(run_dir))
+        if place is None:
+            raise OSError(errno.EINVAL, f"{mount} is not on a qtfs mount")
+        mount = place.mount
+    return _Daemon(control_socket(rundir.run_directory(run_dir), mount.device))
+
+
+def mount_figures(mount: QtfsMount | str, run_dir: str | None = None) -> dict[str, Any]:
+    """The counters of a mount's daemon, doc/control.md; the mount as for RemoteHost.of_mount. The server is not asked.
+
+    Raises QtfsError, OSError.
+    """
+    return _daemon_of(mount, run_dir).figures()
+
+
 class RemoteHost:
     """The server, as far as its whitelist lets us change it."""
 
@@ -139,12 +164,7 @@ class RemoteHost:
     @classmethod
     def of_mount(cls, mount: QtfsMount | str, run_dir: str | None = None) -> RemoteHost:
         """Speak through the daemon of a mount here, given as such or by any path on it. Raises QtfsError, OSError."""
-        if isinstance(mount, str):
-            place = place_of(real_path(mount), served_from(run_dir))
-            if place is None:
-                raise OSError(errno.EINVAL, f"{mount} is not on a qtfs mount")
-            mount = place.mount
-        return cls(_Daemon(control_socket(rundir.run_directory(run_dir), mount.device)))
+        return cls(_daemon_of(mount, run_dir))
 
     def close(self) -> None:
         """Give back what is open; mounts stay, but for those with LAZY_CLEANUP of a session of our own."""

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from qtfs_client.connection import Engine, SessionLostError, Ticket, encode
 from qtfs_common.errors import QtfsError
-from qtfs_common.protocol import OPERATIONS, REPLY
+from qtfs_common.protocol import DELAYED, OPERATIONS, REPLY
 from qtfs_common.transport import Connection
 
 log = logging.getLogger(__name__)
@@ -97,6 +97,7 @@ class Session:
         self._source = source
         self._read_only = read_only
         self._epoch = 0
+        self._reconnects = 0  # under _guard
         self._first: Connection | None = connection  # slot 0 of this epoch, until that slot takes it
         self._down_since_s: float | None = None
         self._guard = threading.Lock()
@@ -111,6 +112,11 @@ class Session:
         """What joins the session as it is now."""
         return self._ticket
 
+    def figures(self) -> dict[str, int]:
+        """How often a slot was attached again, and how often the session was begun anew."""
+        with self._guard:
+            return {"reconnects": self._reconnects, "begun_anew": self._epoch}
+
     def _slots(self, ticket: Ticket) -> range:
         """Those that are ours."""
         return range(ticket.slots)
@@ -122,17 +128,28 @@ class Session:
         the request was executed.
         """
         request = _Request(op, body, repeatable, self._patience_s)
+        delay_s = _FIRST_DELAY_S
+        error, reply = self._call_once(request)
+        while error == DELAYED:
+            # Its file system is stuck, and nothing was done. Others have the slot meanwhile.
+            if self._closing.wait(delay_s):
+                raise _io_error()
+            delay_s = min(delay_s * 2, _LONGEST_DELAY_S)
+            error, reply = self._call_once(_Request(op, body, repeatable, self._patience_s))
+        if error:
+            raise OSError(error, os.strerror(error))
+        return reply
+
+    def _call_once(self, request: _Request) -> tuple[int, bytes]:
+        """Have it answered: (errno, body)."""
         slot = self._pool.get()
         try:
-            error, reply = self._carry_through(slot, request)
+            return self._carry_through(slot, request)
         except BaseException:
             slot.disconnect()  # a reply may still be on its way there
             raise
         finally:
             self._pool.put(slot)
-        if error:
-            raise OSError(error, os.strerror(error))
-        return reply
 
     def stop(self) -> None:
         """Let every call end with EIO, those under way within half a second."""
@@ -253,6 +270,8 @@ class Session:
             except SessionLostError:
                 self._renew(epoch)
                 raise
+        with self._guard:
+            self._reconnects += slot.epoch >= 0
         slot.connection, slot.executed, slot.epoch = first, executed, epoch
         if self._down_since_s is not None:
             self._down_since_s = None

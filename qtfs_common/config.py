@@ -7,7 +7,6 @@ raises ValueError with the reason. The same checks serve the options of mount.qt
 from __future__ import annotations
 
 import ipaddress
-import math
 import os
 import re
 import stat
@@ -30,6 +29,8 @@ MAX_WORKERS = 512
 MAX_ADDRESSES = 64
 #: Bytes; the kernel reads at least a page, and a message carries at most 1 MiB.
 MAX_READ_RANGE = (4096, 1 << 20)
+#: What the reply to MOUNT can tell of the grace time.
+MAX_SECONDS = (1 << 32) - 1
 
 Check: TypeAlias = Callable[[Any], Any]
 Schema: TypeAlias = Mapping[str, tuple[tuple[type, ...], Check]]
@@ -61,8 +62,8 @@ def _one_of(*choices: str) -> Check:
 
 
 def _seconds(value: float) -> float:
-    if not math.isfinite(value) or value < 0:
-        raise ValueError(f"{value} is not a number of seconds (0 or more)")
+    if not 0 <= value <= MAX_SECONDS:  # nor is NaN
+        raise ValueError(f"{value} is not a number of seconds (0 to {MAX_SECONDS})")
     return float(value)
 
 
@@ -126,6 +127,8 @@ ENGINE_SCHEMA: Schema = {
     "run_dir": _PATH,
     "key_file": _PATH,
     "grace": _SECONDS,
+    "max_nodes": ((int,), _between(1024, 1 << 24)),
+    "max_handles": ((int,), _between(16, 1 << 20)),
     "bar_layout": ((str,), _bar_layout),
     # 0: any free port; the ready line tells which.
     "port": ((int,), _between(0, 65535)),

@@ -13,6 +13,7 @@ import socket
 import stat
 import sys
 import syslog
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -35,6 +36,7 @@ _PRIORITIES = (
     (logging.WARNING, syslog.LOG_WARNING),
     (logging.INFO, syslog.LOG_INFO),
 )
+_NOTIFY_TIMEOUT_S = 5.0
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
@@ -71,10 +73,11 @@ def level_number(level: str) -> int:
         raise QtfsError(f"unknown log level '{level}': use {', '.join(LEVELS)}") from None
 
 
-def notify(state: str) -> bool:
+def notify(state: str, descriptors: Sequence[int] = ()) -> bool:
     """Tells systemd ``state`` (``READY=1``, ``STOPPING=1``, ``STATUS=...``, lines joined by newlines).
 
-    True if it was sent; False without $NOTIFY_SOCKET or if nobody listens there, which never stops a daemon.
+    ``descriptors`` go along with ``FDSTORE=1``. True if it was sent; False without $NOTIFY_SOCKET or if nobody listens
+    there, which never stops a daemon.
     """
     path = os.environ.get("NOTIFY_SOCKET", "")
     if path[:1] not in ("/", "@"):
@@ -83,7 +86,9 @@ def notify(state: str) -> bool:
     target = "\0" + path[1:] if path.startswith("@") else path
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            sock.sendto(state.encode(), os.fsencode(target))
+            sock.settimeout(_NOTIFY_TIMEOUT_S)
+            sock.connect(os.fsencode(target))
+            socket.send_fds(sock, [state.encode()], descriptors) if descriptors else sock.send(state.encode())
     except OSError:
         return False
     return True

@@ -45,6 +45,9 @@ cdef extern from *:
 cdef enum:                          # header.flags
     MESSAGE_REPLY = 1
 
+cdef enum:                          # header.error beyond what errno(3) knows
+    ERROR_DELAYED = 528             # EJUKEBOX of Linux: not executed, its file system is stuck; ask again later
+
 cdef enum operation:                # numbers are never reused
     OP_HELLO = 1
     OP_AUTHENTICATE = 2

@@ -12,12 +12,14 @@ import errno
 import fcntl
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
 from qtfs_common.errors import LockedError, RunDirError
 
 DEFAULT_RUN_DIR = "/run/qtfs"
+_SUN_PATH_BYTES = 108
 
 
 def run_directory(explicit: str | os.PathLike[str] | None = None) -> Path:
@@ -58,6 +60,19 @@ def lock_file(name: str, directory: Path) -> LockFile:
         raise
 
 
+@contextlib.contextmanager
+def socket_path(path: Path) -> Iterator[str]:
+    """What bind(2) and connect(2) take for ``path``, which may be longer than the 107 bytes of unix(7)."""
+    if len(os.fsencode(path)) < _SUN_PATH_BYTES:
+        yield str(path)
+        return
+    directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{directory}/{path.name}"
+    finally:
+        os.close(directory)
+
+
 class LockFile:
     """A held lock. It lasts until :meth:`release` or the death of every process that inherited it by fork.
 
@@ -68,6 +83,10 @@ class LockFile:
         self.path = path
         self._fd = fd
         self.write_pid()
+
+    def fileno(self) -> int:
+        """The descriptor that holds the lock."""
+        return self._fd
 
     def write_pid(self) -> None:
         """Writes down the calling process as the holder; a daemon calls it again after its fork."""

@@ -9,6 +9,7 @@ cdef struct spinner:                # a thread's own
     int shared                      # turns of late in which somebody else ran on our processor
     int64_t next_move_us            # not before
     int64_t move_pause_us
+    int64_t computed_us             # when a turn was last that of a program that computes
     int64_t rest_until_us           # somebody else needs the processor
     int64_t rest_us
 

@@ -31,6 +31,7 @@ cdef extern from "<sched.h>" nogil:
 cdef enum:
     SHARED_US = 3                   # a turn that takes longer was somebody else's too
     COMPUTED_US = 300               # one that takes so long was that of a program that computes
+    AGAIN_US = 10000                # two of those within that time: it still does
     FIRST_REST_US = 20000
     LONGEST_REST_US = 640000
     FIRST_MOVE_US = 5000
@@ -43,6 +44,15 @@ cdef bint spin_begin(spinner *s, int64_t now) noexcept nogil:
     return now >= s.rest_until_us
 
 
+cdef void _rest(spinner *s, int64_t now, int64_t later) noexcept nogil:
+    """Rest for a while if this is the second long turn within a short time: one alone may be the hypervisor's."""
+    if now - s.computed_us < AGAIN_US:
+        s.rest_us = min(max(2 * s.rest_us, <int64_t>FIRST_REST_US), <int64_t>LONGEST_REST_US) \
+            if later < s.rest_until_us + 10 * s.rest_us else FIRST_REST_US
+        s.rest_until_us = later + s.rest_us
+    s.computed_us = later
+
+
 cdef int64_t spin_turn(spinner *s, int64_t now) noexcept nogil:
     """Let others run, if there are any; the time afterwards (now_us)."""
     cdef int64_t later
@@ -51,9 +61,7 @@ cdef int64_t spin_turn(spinner *s, int64_t now) noexcept nogil:
     later = now_us()
     s.spent_us += later - now if later - now < SHARED_US else 1
     if later - now >= COMPUTED_US:
-        s.rest_us = min(max(2 * s.rest_us, <int64_t>FIRST_REST_US), <int64_t>LONGEST_REST_US) \
-            if later < s.rest_until_us + 10 * s.rest_us else FIRST_REST_US
-        s.rest_until_us = later + s.rest_us
+        _rest(s, now, later)
     elif later - now >= SHARED_US:
         s.shared += 2
     elif s.shared > 0:

@@ -4,7 +4,7 @@ A channel carries whole messages in both directions. It owns its descriptor (or 
 to one thread at a time. No function blocks but `wait`. Errors are negative errno values.
 """
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
-from qtfs_common.protocol cimport MAX_MESSAGE, header
+from qtfs_common.protocol cimport MAX_MESSAGE, caller, header, write_request
 
 cdef struct message:                # a received message; `body` is lent until the next `receive` on the channel
     header head                     # copied out and checked
@@ -12,7 +12,7 @@ cdef struct message:                # a received message; `body` is lent until t
     size_t body_bytes
 
 cdef struct channel_operations:
-    # 1: a message; 0: none yet; -EPROTO: malformed; -ECONNRESET: the peer is gone; other -errno
+    # 1: a message; RECEIVE_BEGUN: a part of one, if wanted (tell_begun); 0: none yet; -EPROTO: malformed; -ECONNRESET: the peer is gone; other -errno
     int (*receive)(channel *, message *) noexcept nogil
     # room for a message of at most that many bytes (header included); NULL: too large. `bulk`: it will be mostly file
     # data, so where the transport has shared memory it is built in there, and not read again
@@ -32,19 +32,25 @@ cdef struct channel_operations:
     void (*wake)(channel *) noexcept nogil
     # from any thread: let the owner find the channel broken (SHUT_RDWR) or at its end (SHUT_RD)
     void (*cut)(channel *, int) noexcept nogil
-    # wait for room to read or write, for wake_fd (-1: none) to become readable, or for the time to pass;
+    # wait for room to read or write, for wake_fd or other_fd (-1: none) to become readable, or for the time to pass;
     # returns WAIT_* bits, 0 on time-out; timeout_us -1: for ever
-    int (*wait)(channel *, int, int, int64_t) noexcept nogil
+    int (*wait)(channel *, int, int, int, int64_t) noexcept nogil
     void (*close)(channel *) noexcept nogil
 
 cdef enum:
     INBOX_BYTES = MAX_MESSAGE + 8192    # one message and the beginning of the next
     UNTRUSTED_LIMIT = 8192              # longest message from a peer that has not been let in yet
+    LONG_WRITE_BYTES = 128 << 10        # WRITEs from this on may be begun before they are whole
+    WRITE_FIXED_BYTES = sizeof(header) + sizeof(caller) + sizeof(write_request)     # but for groups
+
+cdef enum:
+    RECEIVE_BEGUN = 2
 
 cdef enum:
     WAIT_READABLE = 1
     WAIT_WRITABLE = 2
     WAIT_WOKEN = 4
+    WAIT_OTHER = 8
 
 cdef struct channel:
     const channel_operations *ops
@@ -53,6 +59,8 @@ cdef struct channel:
     uint64_t copied                 # bytes that went through a buffer of ours, in both directions
     uint32_t largest                # the longest message that can be sent, bytes
     uint32_t limit                  # longest message accepted, bytes; raised once the peer is known
+    bint tells_begun                # `receive` says RECEIVE_BEGUN, once, of a long WRITE that is not whole
+    bint told_begun                 # it has
     uint8_t *inbox                  # received bytes [begin, end); NULL while nothing is lent and nothing is kept
     size_t inbox_bytes
     size_t begin
@@ -69,9 +77,15 @@ cdef void socket_channel_init(channel *ch, int fd) noexcept nogil
 cdef int own_buffers(channel *ch) noexcept nogil
 cdef void lend_buffers(channel *ch, uint8_t *inbox, size_t inbox_bytes, uint8_t *outbox, size_t outbox_bytes) noexcept nogil
 cdef int park(channel *ch) noexcept nogil
+cdef void tell_begun(channel *ch) noexcept nogil
 cdef int commit_from_pipe(channel *ch, size_t size, int pipe, size_t pipe_bytes) noexcept nogil
+cdef size_t begun(channel *ch, message *out) noexcept nogil
+cdef int receive_part(channel *ch, size_t size) noexcept nogil
+cdef ssize_t receive_to_pipe(channel *ch, int pipe, size_t size) noexcept nogil
+cdef int receive_from_pipe(channel *ch, int pipe, size_t size) noexcept nogil
 cdef void release_buffers(channel *ch) noexcept nogil
-cdef int poll_socket(channel *ch, short events, int wake_fd, int64_t timeout_us, bint *woken) noexcept nogil
+cdef int poll_socket(channel *ch, short events, int wake_fd, int other_fd, int64_t timeout_us,
+                     int *others) noexcept nogil
 cdef int64_t now_us() noexcept nogil
 
 cdef class Connection:

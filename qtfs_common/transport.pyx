@@ -3,13 +3,14 @@
 Sources: socket(7), unix(7), vsock(7), tcp(7); the framing is doc/protocol.md's.
 """
 from libc.errno cimport EAGAIN, ECONNRESET, EINTR, EMSGSIZE, ENOMEM, EPROTO, errno
-from libc.stdint cimport int64_t, uint8_t, uint32_t
+from libc.stdint cimport int64_t, uint8_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memmove, memset
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 from posix.unistd cimport close, read
 
-from qtfs_common.protocol cimport MAX_MESSAGE, header
+from qtfs_common.includes.polling cimport POLLIN, POLLOUT, pollfd
+from qtfs_common.protocol cimport MAX_MESSAGE, OP_WRITE, header
 
 import os
 
@@ -33,6 +34,13 @@ cdef extern from "<sys/socket.h>" nogil:
         MSG_DONTWAIT
         MSG_MORE
         MSG_NOSIGNAL
+        SOL_SOCKET
+        SO_DOMAIN
+        AF_UNIX
+        AF_INET
+        AF_INET6
+    ctypedef unsigned int socklen_t
+    int getsockopt(int, int, int, void *, socklen_t *)
     ssize_t recv(int, void *, size_t, int)
     ssize_t send(int, const void *, size_t, int)
     int shutdown(int, int)
@@ -45,14 +53,10 @@ cdef extern from "<fcntl.h>" nogil:
     ssize_t splice(int, int64_t *, int, int64_t *, size_t, unsigned int)
 
 cdef extern from "<poll.h>" nogil:
-    struct pollfd:
-        int fd
-        short events
-        short revents
-    enum:
-        POLLIN
-        POLLOUT
     int ppoll(pollfd *, unsigned long, const timespec *, const void *)
+
+cdef enum:
+    FIRST_BYTES = 16384 + WRITE_FIXED_BYTES     # taken of a message before it is known whether it is a long WRITE
 
 cdef int64_t now_us() noexcept nogil:
     """CLOCK_MONOTONIC in microseconds."""
@@ -89,24 +93,76 @@ cdef void _make_room(channel *ch) noexcept nogil:
         ch.begin = 0
 
 
+cdef size_t begun(channel *ch, message *out) noexcept nogil:
+    """Of a long WRITE that is not whole: its header, where its body lies, and how much of that has come.
+
+    0: there is none, or its fixed part has not come yet.
+    """
+    cdef size_t have = ch.end - ch.begin
+    if not ch.tells_begun or have < WRITE_FIXED_BYTES:
+        return 0
+    memcpy(&out.head, ch.inbox + ch.begin, sizeof(header))
+    if out.head.op != OP_WRITE or out.head.length < LONG_WRITE_BYTES or out.head.length > ch.limit or \
+            out.head.length > ch.inbox_bytes - ch.begin:
+        return 0
+    out.body = ch.inbox + ch.begin + sizeof(header)
+    out.body_bytes = out.head.length - sizeof(header)
+    return min(have, <size_t>out.head.length) - sizeof(header)
+
+
+cdef int receive_part(channel *ch, size_t size) noexcept nogil:
+    """Let up to `size` bytes come into the inbox, of a message that `begun` shows: 1; 0: none now; or -errno."""
+    cdef ssize_t got = -1
+    while got < 0:
+        got = recv(ch.fd, ch.inbox + ch.end, size, MSG_DONTWAIT)
+        if got < 0 and errno != EINTR:
+            return 0 if errno == EAGAIN else -errno
+    ch.end += got
+    ch.copied += got
+    return 1 if got > 0 else -ECONNRESET
+
+
+cdef ssize_t receive_to_pipe(channel *ch, int pipe, size_t size) noexcept nogil:
+    """Let up to `size` bytes of a message that `begun` shows go into a pipe, by reference; on a socket only.
+
+    In the inbox they are counted, but not there. How many; 0: none now; or -errno.
+    """
+    cdef ssize_t got = splice(ch.fd, NULL, pipe, NULL, size, SPLICE_F_MOVE | SPLICE_F_NONBLOCK)
+    if got < 0:
+        return 0 if errno in (EAGAIN, EINTR) else -errno
+    ch.end += got
+    return got if got > 0 else -ECONNRESET
+
+
+cdef int receive_from_pipe(channel *ch, int pipe, size_t size) noexcept nogil:
+    """Put the last `size` bytes that were received, still in the pipe, into the inbox after all. 0 or -errno."""
+    cdef ssize_t got
+    while size > 0:
+        got = read(pipe, ch.inbox + ch.end - size, size)
+        if got > 0:
+            size -= got
+            ch.copied += got
+        elif got == 0 or errno != EINTR:
+            return -EPROTO
+    return 0
+
+
 cdef int _socket_receive(channel *ch, message *out) noexcept nogil:
     cdef int found
-    cdef ssize_t got
+    cdef bint fresh
     while True:
         found = _next_message(ch, out)
+        if found == 0 and not ch.told_begun and begun(ch, out) > 0:
+            ch.told_begun = True
+            return RECEIVE_BEGUN
         if found != 0:
+            ch.told_begun = False
             return found
+        fresh = ch.begin == ch.end
         _make_room(ch)
-        got = recv(ch.fd, ch.inbox + ch.end, ch.inbox_bytes - ch.end, MSG_DONTWAIT)
-        if got > 0:
-            ch.end += got
-            ch.copied += got
-        elif got == 0:
-            return -ECONNRESET
-        elif errno == EAGAIN:
-            return 0
-        elif errno != EINTR:
-            return -errno
+        found = receive_part(ch, FIRST_BYTES if ch.tells_begun and fresh else ch.inbox_bytes - ch.end)
+        if found <= 0:
+            return found
 
 
 # ---- sending -----------------------------------------------------------------------------------------------------
@@ -207,29 +263,30 @@ cdef void _socket_release(channel *ch) noexcept nogil:
 
 # ---- waiting, closing --------------------------------------------------------------------------------------------
 
-cdef int poll_socket(channel *ch, short events, int wake_fd, int64_t timeout_us, bint *woken) noexcept nogil:
-    """ppoll(2) on the channel's descriptor, whose events are returned, and on wake_fd (-1: none)."""
-    cdef pollfd fds[2]
+cdef int poll_socket(channel *ch, short events, int wake_fd, int other_fd, int64_t timeout_us,
+                     int *others) noexcept nogil:
+    """ppoll(2) on the channel's descriptor, whose events are returned, and on two more (-1: none), see WAIT_WOKEN."""
+    cdef pollfd fds[3]
     cdef timespec limit
     fds[0].fd = ch.fd
     fds[0].events = events
     fds[1].fd = wake_fd
-    fds[1].events = POLLIN
-    fds[0].revents = fds[1].revents = 0
+    fds[2].fd = other_fd
+    fds[1].events = fds[2].events = POLLIN
+    fds[0].revents = fds[1].revents = fds[2].revents = 0
+    others[0] = 0
     limit.tv_sec = timeout_us // 1000000
     limit.tv_nsec = (timeout_us % 1000000) * 1000
-    if ppoll(fds, 2, NULL if timeout_us < 0 else &limit, NULL) <= 0:
-        woken[0] = False
+    if ppoll(fds, 3, NULL if timeout_us < 0 else &limit, NULL) <= 0:
         return 0
-    woken[0] = fds[1].revents != 0
+    others[0] = (WAIT_WOKEN if fds[1].revents != 0 else 0) | (WAIT_OTHER if fds[2].revents != 0 else 0)
     return fds[0].revents
 
 
-cdef int _socket_wait(channel *ch, int want, int wake_fd, int64_t timeout_us) noexcept nogil:
-    cdef bint woken = False
+cdef int _socket_wait(channel *ch, int want, int wake_fd, int other_fd, int64_t timeout_us) noexcept nogil:
+    cdef int result = 0
     cdef int events = (POLLIN if want & WAIT_READABLE else 0) | (POLLOUT if want & WAIT_WRITABLE else 0)
-    cdef int seen = poll_socket(ch, <short>events, wake_fd, timeout_us, &woken)
-    cdef int result = WAIT_WOKEN if woken else 0
+    cdef int seen = poll_socket(ch, <short>events, wake_fd, other_fd, timeout_us, &result)
     if seen & POLLOUT and want & WAIT_WRITABLE:
         result |= WAIT_WRITABLE
     if seen & ~POLLOUT:             # errors and hang-ups show themselves when reading
@@ -301,6 +358,17 @@ cdef void socket_channel_init(channel *ch, int fd) noexcept nogil:
     ch.fd = fd
     ch.limit = UNTRUSTED_LIMIT
     ch.largest = INBOX_BYTES
+
+
+cdef void tell_begun(channel *ch) noexcept nogil:
+    """Let `receive` tell of long WRITEs that are not whole, where splice(2) moves pages out of the socket.
+
+    Other families than these copy them, and allocate some for that.
+    """
+    cdef int family = 0
+    cdef socklen_t size = sizeof(family)
+    ch.tells_begun = ch.ring == NULL and \
+        getsockopt(ch.fd, SOL_SOCKET, SO_DOMAIN, &family, &size) == 0 and family in (AF_UNIX, AF_INET, AF_INET6)
 
 
 # ---- buffers: a client's channel owns its own, the server's workers lend theirs ------------------------------------
@@ -438,5 +506,5 @@ cdef class Connection:
         if left <= 0:
             raise TimeoutError("the peer does not answer")
         with nogil:
-            self.ch.ops.wait(&self.ch, want, -1, min(left, 200000))
+            self.ch.ops.wait(&self.ch, want, -1, -1, min(left, 200000))
         return 0

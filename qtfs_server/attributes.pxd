@@ -6,6 +6,7 @@ from qtfs_server.includes.linux cimport statx_t
 from qtfs_server.session cimport node, session
 
 cdef int stat_fd(int fd, statx_t *st) noexcept nogil
+cdef int stat_known(int fd, statx_t *st) noexcept nogil
 cdef int stat_name(int directory, const char *name, statx_t *st) noexcept nogil
 cdef uint64_t signature(const statx_t *st) noexcept nogil
 cdef uint64_t mount_id_of(const statx_t *st) noexcept nogil

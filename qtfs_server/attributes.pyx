@@ -4,15 +4,15 @@ Source: statx(2), <linux/fuse.h> (struct fuse_attr), <linux/magic.h>.
 """
 from libc.errno cimport ENFILE, ENOMEM, errno
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
-from libc.stdlib cimport realloc
 from libc.string cimport memset
 
 from qtfs_common.protocol cimport NODE_SUBMOUNT, NODE_UNCACHED, attributes, attributes_reply
-from qtfs_server.includes.linux cimport AT_EMPTY_PATH, AT_NO_AUTOMOUNT, AT_SYMLINK_NOFOLLOW, STATX_BASIC_STATS, \
-    STATX_BTIME, STATX_MNT_ID, STATX_MNT_ID_UNIQUE, fstatfs, makedev, pthread_mutex_lock, pthread_mutex_unlock, \
+from qtfs_server.includes.linux cimport AT_EMPTY_PATH, AT_NO_AUTOMOUNT, AT_STATX_DONT_SYNC, AT_SYMLINK_NOFOLLOW, \
+    STATX_BASIC_STATS, STATX_BTIME, STATX_MNT_ID, STATX_MNT_ID_UNIQUE, fstatfs, makedev, pthread_mutex_lock, pthread_mutex_unlock, \
     statfs_t, statx, statx_t
 from qtfs_server.policy cimport is_procfs, shield_of
 from qtfs_server.session cimport MAX_DEVICES, device, node, session
+from qtfs_server.state_file cimport DEVICES, grow
 
 cdef enum:
     STATX_WANTED = STATX_BASIC_STATS | STATX_BTIME | STATX_MNT_ID | STATX_MNT_ID_UNIQUE
@@ -91,15 +91,12 @@ cdef void _supersede_locked(session *s, uint64_t mount_id, uint32_t listed_id) n
 
 cdef int _device_room_locked(session *s, uint32_t index) noexcept nogil:
     """See that there is an entry of an index that _free_device_locked gave. 0 or -errno."""
-    cdef device *larger
     if index < s.device_count:
         return 0
     if index >= MAX_DEVICES:
         return -ENFILE
-    larger = <device *>realloc(s.devices, (index + 1) * sizeof(device))
-    if larger == NULL:
+    if grow(s.state_fd, s.state, DEVICES, index) < 0:
         return -ENOMEM
-    s.devices = larger
     s.device_count = index + 1
     return 0
 
@@ -155,6 +152,11 @@ cdef int device_index(session *s, int fd, const statx_t *st, uint32_t *out) noex
 cdef int stat_fd(int fd, statx_t *st) noexcept nogil:
     """statx(2) of a descriptor, O_PATH too. 0 or -errno."""
     return -errno if statx(fd, b"", AT_EMPTY_PATH | AT_NO_AUTOMOUNT, STATX_WANTED, st) < 0 else 0
+
+
+cdef int stat_known(int fd, statx_t *st) noexcept nogil:
+    """The same as far as our kernel knows, which asks no server: a descriptor's mount, inode number and type are right."""
+    return -errno if statx(fd, b"", AT_EMPTY_PATH | AT_NO_AUTOMOUNT | AT_STATX_DONT_SYNC, STATX_WANTED, st) < 0 else 0
 
 
 cdef int stat_name(int directory, const char *name, statx_t *st) noexcept nogil:

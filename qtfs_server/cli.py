@@ -52,6 +52,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--pid-file", metavar="FILE", help="write the process id here")
     parser.add_argument("--run-dir", metavar="DIR", help="locks and control sockets (default /run/qtfs)")
     parser.add_argument("--grace", metavar="SECONDS", help="how long a session outlives its client (90)")
+    parser.add_argument("--max-nodes", metavar="N", help="files that a session may know at a time (16777216)")
+    parser.add_argument("--max-handles", metavar="N", help="files that a session may have open (1048576)")
+    parser.add_argument("--upgrade", action="store_true", help="take over from the engine that runs, and all it has")
     parser.add_argument("--version", action="version", version=f"qtfs {__version__}")
     return parser
 
@@ -98,7 +101,7 @@ def _checked(key: str, value: str | list[str]) -> Any:
         raise QtfsError(f"--{key.replace('_', '-')}: {error}", 2) from error
 
 
-def _options(settings: dict[str, Any]) -> EngineOptions:
+def _options(settings: dict[str, Any], upgrade: bool) -> EngineOptions:
     port = settings.get("port", DEFAULT_PORT)
     addresses: tuple[Address, ...] = tuple(parse_address(text, port) for text in settings.get("listen", ()))
     if not addresses:
@@ -116,7 +119,10 @@ def _options(settings: dict[str, Any]) -> EngineOptions:
         pid_file=path("pid_file"),
         run_dir=path("run_dir"),
         grace_s=settings.get("grace", 90.0),
+        max_nodes=settings.get("max_nodes", 1 << 24),
+        max_handles=settings.get("max_handles", 1 << 20),
         bar_layout=parse_layout(settings["bar_layout"]) if settings.get("bar_layout") else Layout(),
+        upgrade=upgrade,
     )
 
 
@@ -130,7 +136,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         settings = _settings(args)
         logs.setup(settings.get("log_level", "WARN"), program="engine")
-        return run(_options(settings), _announce)
+        return run(_options(settings, args.upgrade), _announce)
     except QtfsError as error:
         print(f"engine: {error}", file=sys.stderr)
         return error.exit_code

@@ -1,22 +1,26 @@
 """The operation table, and slots: each request of a slot takes effect once, however often it arrives.
 
 The model is NFSv4.1's session, RFC 8881 section 2.10.6. Replies of operations that must not run twice are kept (they are
-short); the others are executed again when repeated.
+short); the others are executed again when repeated. Slots lie in the session's state file, so that this holds across the
+death of an engine: a request that it was executing is marked, and operations/unfinished.pyx tells what became of it.
 """
-from libc.errno cimport EIO, ENOMEM, ENOSYS, EPROTO
+from libc.errno cimport EINVAL, EIO, ENOMEM, ENOSYS, EPROTO
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
 from qtfs_common.protocol cimport *
 from qtfs_common.transport cimport message
-from qtfs_server.identity cimport act_as_root, identity
-from qtfs_server.includes.linux cimport pthread_mutex_lock, pthread_mutex_unlock
+from qtfs_server.handles cimport handle_end
+from qtfs_server.identity cimport NO_ID, act_as_root, identity
+from qtfs_server.includes.linux cimport pthread_mutex_lock, pthread_mutex_unlock, written
 from qtfs_server.operations cimport directories, files, inodes, locks, names, streams
-from qtfs_server.request cimport DEFERRED, HANDED_OVER, MALFORMED, operation_function, request
-from qtfs_server.nodes cimport evict
-from qtfs_server.session cimport SAVED_REPLY_BYTES, session, slot
+from qtfs_server.request cimport DEFERRED, HANDED_OVER, MALFORMED, execution, operation_function, request
+from qtfs_server.node_descriptors cimport evict
+from qtfs_server.nodes cimport node_forget
+from qtfs_server.session cimport MOST_LISTED, SAVED_REPLY_BYTES, intent, session, slot
 from qtfs_server.splicing cimport splice_pipe
+from qtfs_server.stuck cimport has_to_wait, note_execution
 
 cdef struct table_entry:
     operation_function run
@@ -89,8 +93,8 @@ _define(OP_PROCESSES, _errand, True)
 _define(OP_LIST_MOUNTS, _errand, True)
 
 
-cdef int _unpack(request *r, const message *msg) noexcept nogil:
-    """Split a message into caller, groups and body. 0 or MALFORMED."""
+cdef int unpack(request *r, const message *msg) noexcept nogil:
+    """Split a message into caller, groups and body. 0, MALFORMED, or -EINVAL: its caller can be nobody."""
     cdef size_t groups
     if msg.body_bytes < sizeof(caller):
         return MALFORMED
@@ -102,23 +106,26 @@ cdef int _unpack(request *r, const message *msg) noexcept nogil:
     r.body = r.groups + groups
     r.body_bytes = msg.body_bytes - sizeof(caller) - groups
     r.head = msg.head
-    return 0
+    return -EINVAL if r.who.uid == NO_ID or r.who.gid == NO_ID else 0
 
 
 cdef int execute(request *r, counters *count, const message *msg) noexcept nogil:
     """Run one file operation: 0, -errno, MALFORMED or DEFERRED; the body of the reply is at r.reply.
 
-    The caller has set s, me, scratch, reply, reply_room, repeated and may_wait.
+    The caller has set s, at, me, scratch, reply, reply_room, repeated and may_wait.
     """
     cdef int result
     if msg.head.op >= OP_COUNT or _table[msg.head.op].run == NULL:
         return MALFORMED
-    result = _unpack(r, msg)
+    r.reply_bytes = 0
+    result = unpack(r, msg)
     if result < 0:
         return result
-    r.reply_bytes = 0
     r.keep_reply = not _table[msg.head.op].repeatable
     count.requests[msg.head.op] += 1
+    note_execution(r)
+    if not r.may_wait and not r.resumed and has_to_wait(r.s, r.at, r.body, r.body_bytes):
+        return -ERROR_DELAYED
     result = _table[msg.head.op].run(r)
     act_as_root(r.me)
     evict(r.s)
@@ -131,34 +138,72 @@ cdef int execute(request *r, counters *count, const message *msg) noexcept nogil
 
 # ---- slots -------------------------------------------------------------------------------------------------------
 
-cdef int _take_slot(session *s, slot *at, const header *head, bint *repeated) noexcept nogil:
-    """Admit a request: the one after the last, or the last again. 0, MALFORMED or SLOT_BUSY."""
+cdef int _take_slot(session *s, slot *at, const void *channel, const header *head, bint *repeated) noexcept nogil:
+    """Admit a request: the one after the last, or the last again. 0, MALFORMED or SLOT_BUSY.
+
+    What was read from a connection whose place another has taken comes late: its client has been told how far we were.
+    """
     cdef int result = 0
     pthread_mutex_lock(&s.guard)
     repeated[0] = head.sequence == at.sequence
     if head.sequence == 0 or not repeated[0] and head.sequence != at.sequence + 1:
         result = MALFORMED
-    elif at.busy:
+    elif at.busy or at.connection != channel:
         result = SLOT_BUSY
     else:
-        at.busy = 1
-        at.sequence = head.sequence
         if not repeated[0]:
             at.saved_bytes = 0
+            at.unfinished = False
+            at.before.known = False
+            at.before.granted_node = at.before.granted_handle = 0
+            at.before.listed_count = 0
+            written()
+        at.sequence = head.sequence
+        at.busy = 1
     pthread_mutex_unlock(&s.guard)
     return result
 
 
 cdef void _save_reply(slot *at, const uint8_t *reply, size_t size) noexcept nogil:
-    """Keep a reply until the slot's next request. Long ones, of reads that cannot be repeated, give their room back."""
-    cdef size_t room = max(size, <size_t>SAVED_REPLY_BYTES)
-    if room != at.saved_room:
-        free(at.saved)
-        at.saved = <uint8_t *>malloc(room)
-        at.saved_room = <uint32_t>room if at.saved != NULL else 0
-    if at.saved != NULL:
-        memcpy(at.saved, reply, size)
+    """Keep a reply until the slot's next request. Long ones are of reads that cannot be repeated, and end with us."""
+    cdef uint8_t *room = at.saved
+    if size > SAVED_REPLY_BYTES:
+        free(at.long_reply)
+        at.long_reply = room = <uint8_t *>malloc(size)
+    if room != NULL:
+        memcpy(room, reply, size)
+        written()
         at.saved_bytes = <uint32_t>size
+
+
+cdef void _say_again(slot *at, uint8_t *out, size_t room, size_t *out_bytes) noexcept nogil:
+    """The reply that was kept; EIO if the connection before this one took longer ones."""
+    cdef header *head = <header *>out
+    cdef const uint8_t *kept = at.long_reply
+    if at.saved_bytes <= SAVED_REPLY_BYTES:
+        kept = at.saved
+    out_bytes[0] = at.saved_bytes if at.saved_bytes <= room else sizeof(header)
+    memcpy(out, kept, out_bytes[0])
+    if out_bytes[0] < at.saved_bytes:
+        head.length = sizeof(header)
+        head.error = EIO
+
+
+cdef void _take_back(session *s, intent *before) noexcept nogil:
+    """Take back what an engine before us granted in a request that it did not answer; it is about to be granted again."""
+    if before.granted_handle != 0:
+        handle_end(s, before.granted_handle)
+    if before.granted_node != 0:
+        node_forget(s, before.granted_node, 1)
+    before.granted_handle = before.granted_node = 0
+
+
+cdef void _take_back_listing(session *s, intent *before) noexcept nogil:
+    """Take back the lookups that a READDIR counted whose reply was lost; it is about to count them again."""
+    cdef uint32_t i, count = min(before.listed_count, <uint32_t>MOST_LISTED)
+    before.listed_count = 0
+    for i in range(count):
+        node_forget(s, before.listed[i], 1)
 
 
 cdef void _leave_slot(session *s, slot *at) noexcept nogil:
@@ -182,6 +227,8 @@ cdef int _execute_admitted(request *r, slot *at, counters *count, const message 
                            size_t *out_bytes) noexcept nogil:
     """Execute what _take_slot admitted. 0, HANDED_OVER or MALFORMED."""
     cdef int result = execute(r, count, msg)
+    if result == HANDED_OVER and r.resumed and not _table[msg.head.op].repeatable:
+        result = -EIO               # a mount or a signal: nobody knows
     if result == HANDED_OVER:
         return HANDED_OVER
     if result <= MALFORMED:
@@ -193,39 +240,61 @@ cdef int _execute_admitted(request *r, slot *at, counters *count, const message 
     return 0
 
 
-cdef int execute_in_slot(session *s, uint32_t slot_index, identity *me, uint8_t *scratch, counters *count,
-                         const message *msg, uint8_t *out, size_t room, splice_pipe *pipe,
-                         size_t *out_bytes) noexcept nogil:
+cdef int execute_in_slot(session *s, uint32_t slot_index, const void *channel, identity *me, uint8_t *scratch,
+                         counters *count, execution *at_work, const message *msg, const early_write *early,
+                         uint8_t *out, size_t room, splice_pipe *pipe, size_t *out_bytes) noexcept nogil:
     """Execute a request of a slot, or find the reply it got before. 0 (the reply is at `out`), MALFORMED or SLOT_BUSY.
 
-    HANDED_OVER: the slot stays taken until settle_in_slot or abandon_in_slot. `pipe`: where the body may be instead, which
-    then holds some bytes; NULL: nowhere.
+    `channel`: the connection that it came by. HANDED_OVER: the slot stays taken until settle_in_slot or abandon_in_slot.
+    `pipe`: where the body may be instead, which then holds some bytes; NULL: nowhere.
     """
     cdef slot *at = &s.slot_table[slot_index]
     cdef request r
     cdef int result = MALFORMED
     if msg.head.op != OP_SETLKW:        # what may wait belongs on the event channel
-        result = _take_slot(s, at, &msg.head, &r.repeated)
+        result = _take_slot(s, at, channel, &msg.head, &r.repeated)
     if result < 0:
         return result
     if r.repeated and at.saved_bytes > 0:
-        memcpy(out, at.saved, at.saved_bytes)
-        out_bytes[0] = at.saved_bytes
+        _say_again(at, out, room, out_bytes)
         count.repeated += 1
         result = 0
     else:
         r.s = s
+        r.at = at_work
         r.me = me
         r.scratch = scratch
         r.reply = out + sizeof(header)
         r.reply_room = room - sizeof(header)
         r.pipe = pipe
+        r.early = early
         r.may_wait = False
+        r.before = &at.before
+        _take_back_listing(s, &at.before)
+        r.resumed = r.repeated and at.unfinished
+        if r.resumed:
+            count.continued += 1
+            _take_back(s, &at.before)
         result = _execute_admitted(&r, at, count, msg, out, out_bytes)
         if result == HANDED_OVER:
             return HANDED_OVER
     _leave_slot(s, at)
     return result
+
+
+cdef bint enter_slot_early(session *s, uint32_t slot_index, const header *head) noexcept nogil:
+    """Take a slot for a new request that is not whole yet, until abandon_in_slot; it does not count as received.
+
+    False: it has to be received whole first.
+    """
+    cdef slot *at = &s.slot_table[slot_index]
+    cdef bint admitted
+    pthread_mutex_lock(&s.guard)
+    admitted = not at.busy and head.sequence == at.sequence + 1
+    if admitted:
+        at.busy = 1
+    pthread_mutex_unlock(&s.guard)
+    return admitted
 
 
 cdef void settle_in_slot(session *s, uint32_t slot_index, uint16_t op, const uint8_t *reply, size_t size) noexcept nogil:

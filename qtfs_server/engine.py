@@ -1,7 +1,7 @@
 """The engine: listens, runs the worker threads, obeys signals.
 
 SIGHUP reads the whitelist and the special rules again, SIGTERM and SIGINT let the workers finish what they execute and
-end the process.
+end the process. Another engine may take over everything (handover.py): then it ends, too.
 """
 
 from __future__ import annotations
@@ -10,32 +10,40 @@ import contextlib
 import logging
 import os
 import resource
+import select
 import signal
 import socket
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
-from qtfs_common import auth, logs, rundir
-from qtfs_common.addresses import Address, PcieAddress, ShmAddress, UnixAddress, bound_address, listen_socket
+from qtfs_common import __version__, auth, logs, rundir
+from qtfs_common.addresses import Address
 from qtfs_common.errors import QtfsError
 from qtfs_common.rings.geometry import Layout
 from qtfs_common.special import DEFAULT_RULES, load_special
 from qtfs_common.whitelist import load_whitelist
+from qtfs_server.control import control_name, controlled
+from qtfs_server.crew import Crew
 from qtfs_server.errands import Errands
-from qtfs_server.policy import install
-from qtfs_server.rings import RingListener
+from qtfs_server.fd_store import forget, handed_descriptors, is_used, use_store
+from qtfs_server.handover import Taken, Takeover, Upgrades, upgrade_path, upgrade_socket
+from qtfs_server.listening import address_name, listening
+from qtfs_server.mount_records import MountRecords
+from qtfs_server.passing import STORED, Passed
+from qtfs_server.policy import denials, install
 from qtfs_server.server import Server
+from qtfs_server.shares import set_limits
+from qtfs_server.state_file import use_directory
 
 log = logging.getLogger(__name__)
 
 _SIGNALS = {signal.SIGHUP, signal.SIGTERM, signal.SIGINT}
-#: Files whose locks local processes of the server contend for, at the same time; the rest is polled.
-_LOCK_QUEUERS = 4
 _EXPIRY_PERIOD_S = 1.0
 _DRAIN_TIMEOUT_S = 10.0
+_STORE_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,10 @@ class EngineOptions:
     pid_file: Path | None = None
     run_dir: Path | None = None
     grace_s: float = 90.0
+    max_nodes: int = 1 << 24  # of a session
+    max_handles: int = 1 << 20
     bar_layout: Layout = field(default_factory=Layout)
+    upgrade: bool = False  # take over from the engine that runs
 
 
 def raise_descriptor_limit() -> int:
@@ -60,6 +71,27 @@ def raise_descriptor_limit() -> int:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         soft = hard
     return min(soft, 1 << 24) if soft != resource.RLIM_INFINITY else 1 << 24
+
+
+class _Figures:
+    """What the control socket tells: doc/control.md."""
+
+    def __init__(self, server: Server, addresses: list[Address]) -> None:
+        self._server = server
+        self._addresses = [str(address) for address in addresses]
+        self._began = time.monotonic()
+        self.reloads = 0  # SIGHUPs that were obeyed, with success or not
+
+    def __call__(self) -> dict[str, object]:
+        return {
+            "version": __version__,
+            "pid": os.getpid(),
+            "uptime_s": round(time.monotonic() - self._began, 3),
+            "addresses": self._addresses,
+            "reloads": self.reloads,
+            "denials": denials(),
+            **self._server.figures(),
+        }
 
 
 def _load_rules(options: EngineOptions) -> None:
@@ -78,73 +110,55 @@ def _load_key(options: EngineOptions) -> bytes | None:
     return None
 
 
-@dataclass(frozen=True)
-class _Listening:
-    """One address that is listened on, by a socket or by shared memory."""
+class _PidFile:
+    """Where our process id is to stand. Until it does, a file that is there is another engine's."""
 
-    address: Address
-    heard: socket.socket | RingListener
+    def __init__(self, path: Path) -> None:
+        """Opened before we take over from anybody: where that cannot be, the engine before us goes on."""
+        self._path = path
+        self._is_ours = not path.exists()
+        with self._explained():
+            self._file = path.open("ab", buffering=0)
+
+    def write(self) -> None:
+        """From now on it is ours. Raises QtfsError."""
+        self._is_ours = True
+        with self._explained():
+            self._file.truncate(0)
+            self._file.write(b"%d\n" % os.getpid())
+
+    def close(self) -> None:
+        """Take it away, if it is ours."""
+        self._file.close()
+        if self._is_ours:
+            self._path.unlink(missing_ok=True)
 
     @contextlib.contextmanager
-    def serving(self, server: Server, has_key: bool) -> Iterator[Address]:
-        """Let clients come; where, if the kernel chose a port."""
-        # Who has a key wants it used. Who may use a Unix socket, or the memory, its own mode says.
-        if isinstance(self.heard, RingListener):
-            with self.heard.serving(server, False):
-                yield self.address
-        else:
-            server.listen(self.heard.fileno(), has_key and not isinstance(self.address, UnixAddress))
-            yield bound_address(self.heard)
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise QtfsError(f"pid file {self._path}: {error.strerror}") from error
 
 
 @contextlib.contextmanager
-def _listening(options: EngineOptions) -> Iterator[list[_Listening]]:
-    """Listen on all addresses, each under a lock that names us to a second engine."""
-    directory = rundir.run_directory(options.run_dir)
-    with contextlib.ExitStack() as stack:
-        found = []
-        for address in options.listen:
-            name = "engine@" + str(address).replace("/", "_") + ".lock"
-            stack.enter_context(rundir.lock_file(name[-250:], directory))
-            if isinstance(address, PcieAddress | ShmAddress):
-                ring = RingListener(address, options.bar_layout, directory)
-                stack.callback(ring.close)
-                found.append(_Listening(address, ring))
-                continue
-            sock = stack.enter_context(listen_socket(address))
-            sock.setblocking(False)
-            if isinstance(address, UnixAddress):
-                stack.callback(Path(address.path).unlink, missing_ok=True)
-            found.append(_Listening(address, sock))
-        yield found
-
-
-@contextlib.contextmanager
-def _pid_file(path: Path | None) -> Iterator[None]:
-    if path is None:
-        yield
+def _pid_file(options: EngineOptions) -> Iterator[Callable[[], None]]:
+    """Yields what writes our process id into the file, if there is to be one."""
+    if options.pid_file is None:
+        yield lambda: None
         return
-    try:
-        path.write_text(f"{os.getpid()}\n")
-    except OSError as error:
-        raise QtfsError(f"pid file {path}: {error.strerror}") from error
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
+    with contextlib.closing(_PidFile(options.pid_file)) as file:
+        yield lambda: _write_pid(file, options.upgrade)
 
 
-def _start_threads(server: Server, workers: int) -> list[threading.Thread]:
-    threading.stack_size(512 * 1024)
-    threads = [threading.Thread(target=server.work, name=f"worker-{i}", daemon=True) for i in range(workers)]
-    threads.append(threading.Thread(target=server.wait_for_locks, name="locks", daemon=True))
-    threads.append(threading.Thread(target=server.watch_streams, name="streams", daemon=True))
-    threads.append(threading.Thread(target=server.watch_mounts, name="mounts", daemon=True))
-    queuers = range(_LOCK_QUEUERS)
-    threads += [threading.Thread(target=server.queue_for_locks, name=f"lock-queue-{i}", daemon=True) for i in queuers]
-    for thread in threads:
-        thread.start()
-    return threads
+def _write_pid(file: _PidFile, taken_over: bool) -> None:
+    try:
+        file.write()
+    except QtfsError as error:
+        if not taken_over:
+            raise
+        # No other engine could go on any more.
+        log.error("%s", error)
 
 
 def _reload(options: EngineOptions) -> None:
@@ -178,30 +192,107 @@ def _signals() -> Iterator[socket.socket]:
             signal.set_wakeup_fd(-1)
 
 
-def _obey_signals(server: Server, options: EngineOptions, signals: socket.socket) -> None:
-    """Until it is time to end: reload, expire sessions."""
-    signals.settimeout(_EXPIRY_PERIOD_S)
+@dataclass(frozen=True)
+class _Post:
+    """What the main thread hears."""
+
+    signals: socket.socket
+    upgrades: Upgrades | None
+
+    def next(self) -> int:
+        """The number of a signal that came; 0: somebody asks for an upgrade; TimeoutError after a while."""
+        poller = select.poll()  # select(2) knows descriptors up to 1023 only
+        poller.register(self.signals, select.POLLIN)
+        if self.upgrades is not None:
+            poller.register(self.upgrades, select.POLLIN)
+        readable = [fd for fd, _ in poller.poll(1000 * _EXPIRY_PERIOD_S)]
+        if not readable:
+            raise TimeoutError
+        return self.signals.recv(1)[0] if self.signals.fileno() in readable else 0
+
+
+def _obey(post: _Post, server: Server, options: EngineOptions, figures: _Figures) -> bool:
+    """Until it is time to end: reload, expire sessions. False: another engine has taken over."""
     while True:
         try:
-            received = signals.recv(1)[0]
+            received = post.next()
         except TimeoutError:
             server.expire()
             continue
+        if received == 0 and post.upgrades is not None and post.upgrades.serve_one():
+            return False
         if received == signal.SIGHUP:
             _reload(options)
+            figures.reloads += 1
         elif received in _SIGNALS:
             log.info("%s: draining", signal.Signals(received).name)
-            return
+            return True
 
 
-def _drain(server: Server, threads: list[threading.Thread]) -> bool:
-    """Let every worker finish its request; False if one is stuck in the backing file system."""
+def _drain(server: Server, crew: Crew, errands: Errands) -> bool:
+    """Let every request end; False if one is stuck in the backing file system."""
     logs.notify("STOPPING=1")
-    server.stop()
-    deadline = time.monotonic() + _DRAIN_TIMEOUT_S
-    for thread in threads:
-        thread.join(max(deadline - time.monotonic(), 0))
-    return not any(thread.is_alive() for thread in threads)
+    drained = crew.stop(_DRAIN_TIMEOUT_S)
+    drained = errands.close(_DRAIN_TIMEOUT_S) and drained
+    if is_used() and drained:
+        server.store_all()
+        crew.come_to_rest(_STORE_TIMEOUT_S)
+    return drained
+
+
+def _go_on(
+    server: Server, errands: Errands, options: EngineOptions, names: Iterable[str], given: dict[str, Passed]
+) -> None:
+    """Keep sessions in the run directory from now on; go on with those that are there, with what is `given` of them."""
+    directory = rundir.run_directory(options.run_dir) / "sessions"
+    try:
+        use_directory(directory, " ".join(names))
+    except OSError as error:
+        log.warning("%s: %s: sessions will end with this engine", directory, error.strerror)
+        return
+    server.recover(given)
+    _go_on_with_mounts(server, errands, directory)
+
+
+def _go_on_with_mounts(server: Server, errands: Errands, sessions: Path) -> None:
+    """The same with what these sessions have mounted."""
+    directory = sessions.with_name("mounts")
+    try:
+        records = MountRecords(directory, sessions)
+        errands.keep_mounts(records, {session["id"] for session in server.figures()["sessions"]})
+    except OSError as error:
+        log.warning("%s: %s: what clients mount will outlive this engine", directory, error.strerror)
+
+
+def _go_on_with_stored(server: Server, errands: Errands, options: EngineOptions, names: Iterable[str]) -> None:
+    """The same with what systemd has kept of them. What nobody has any use for it keeps no longer."""
+    kept = handed_descriptors()
+    sessions: dict[str, list[tuple[int, int, int, int]]] = {}
+    for (session, index, generation), fd in kept.items():
+        sessions.setdefault(session, []).append((STORED, index, generation, fd))
+    _go_on(server, errands, options, names, {session: Passed(items) for session, items in sessions.items()})
+    for key in kept:
+        if not server.is_stored(*key):
+            forget(*key)
+
+
+def _take_over(options: EngineOptions, descriptor_limit: int) -> Taken:
+    """What the running engine has, which has ended then. Raises QtfsError, and it goes on."""
+    directory = rundir.run_directory(options.run_dir)
+    with Takeover(options.listen, directory) as takeover:
+        taken = takeover.receive(options.bar_layout, descriptor_limit)
+        try:
+            use_directory(directory / "sessions", " ".join(map(address_name, options.listen)))
+        except OSError as error:
+            raise QtfsError(f"{directory / 'sessions'}: {error.strerror}") from error
+        takeover.confirm()
+    return taken
+
+
+def _leave() -> NoReturn:
+    """End at once, and leave everything as it is."""
+    logging.shutdown()
+    os._exit(0)
 
 
 def run(options: EngineOptions, ready: Callable[[list[Address]], None]) -> int:
@@ -213,19 +304,38 @@ def run(options: EngineOptions, ready: Callable[[list[Address]], None]) -> int:
     key = _load_key(options)
     limit = raise_descriptor_limit()
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-    with _listening(options) as listening, _pid_file(options.pid_file), contextlib.ExitStack() as stack:
+    set_limits(options.max_nodes, options.max_handles)
+    directory = rundir.run_directory(options.run_dir)
+    with contextlib.ExitStack() as stack:
+        write_pid = stack.enter_context(_pid_file(options))
+        taken = _take_over(options, limit) if options.upgrade else Taken()
+        heard = stack.enter_context(listening(options.listen, options.bar_layout, directory, taken.addresses))
+        write_pid()
         errands = Errands()
+        errands.mounts.go_on(taken.mounts)
         server = Server(carrier=errands, key=key, grace_s=options.grace_s, descriptor_limit=limit)
-        addresses = [stack.enter_context(one.serving(server, key is not None)) for one in listening]
-        threads = _start_threads(server, options.workers)
+        use_store()
+        names = [one.name for one in heard]
+        if options.upgrade:
+            _go_on(server, errands, options, names, taken.sessions)
+        else:
+            _go_on_with_stored(server, errands, options, names)
+        addresses = [stack.enter_context(one.serving(server, key is not None)) for one in heard]
+        crew = Crew(server, options.workers)
+        crew.start()
+        figures = _Figures(server, addresses)
+        control_path = directory / control_name(addresses[0])
+        control = stack.enter_context(controlled(control_path, figures, taken.control))
+        upgrade_sock = stack.enter_context(upgrade_socket(upgrade_path(directory, addresses[0]), taken.upgrade))
+        upgrades = Upgrades(upgrade_sock, server, errands, crew, heard, control) if upgrade_sock else None
         ready(addresses)
         logs.notify("READY=1")
         with _signals() as signals:
-            _obey_signals(server, options, signals)
-        drained = _drain(server, threads)
-        drained = errands.close(_DRAIN_TIMEOUT_S) and drained
-    if not drained:
-        log.error("a request is stuck in the backing file system; ending all the same")
-        logging.shutdown()
-        os._exit(0)
+            if not _obey(_Post(signals, upgrades), server, options, figures):
+                _leave()
+        if not _drain(server, crew, errands):
+            log.error("a request is stuck in the backing file system; ending all the same")
+            # The kernel keeps this process, and what it has open, until the request returns.
+            server.hang_up()
+            _leave()
     return 0

@@ -17,6 +17,7 @@ from typing import Protocol
 
 from qtfs_common.protocol import OPERATION_NAMES
 from qtfs_server import processes, remote_mounts
+from qtfs_server.mount_records import MountRecords
 
 log = logging.getLogger(__name__)
 
@@ -50,10 +51,10 @@ class Errands:
     """Carries errands out. `start` and `session_ended` are called by workers and do not wait."""
 
     def __init__(self) -> None:
-        self._mounts = remote_mounts.RemoteMounts()
-        self._slow: dict[str, Handler] = {"SYSMOUNT": self._mounts.mount, "SYSUMOUNT": self._mounts.umount}
+        self.mounts = remote_mounts.RemoteMounts()
+        self._slow: dict[str, Handler] = {"SYSMOUNT": self.mounts.mount, "SYSUMOUNT": self.mounts.umount}
         self._quick: dict[str, Handler] = {
-            "LIST_MOUNTS": self._mounts.list_mounts,
+            "LIST_MOUNTS": self.mounts.list_mounts,
             "KILL": processes.kill,
             "SETAFFINITY": processes.set_affinity,
             "GETAFFINITY": processes.get_affinity,
@@ -71,17 +72,22 @@ class Errands:
 
     def session_ended(self, session: int) -> None:
         """Unmount what is to go with a session."""
-        if self._mounts.has_any(session):
-            self._spawn(self._mounts.clean_up, session)  # if it fails, the mounts stay until the engine ends
+        if self.mounts.has_any(session):
+            self._spawn(self.mounts.clean_up, session)  # if it fails, the mounts stay until the engine ends
+
+    def keep_mounts(self, records: MountRecords, ours: set[str]) -> None:
+        """Go on with what sessions mounted before; unmount what is to go with those that have ended since."""
+        for session in self.mounts.keep_in(records, ours):
+            self.session_ended(session)
 
     def mounts_of(self, session: int) -> list[int]:
         """Ids of the mounts that a session made."""
-        return self._mounts.of_session(session)
+        return self.mounts.of_session(session)
 
     def close(self, timeout_s: float) -> bool:
         """End all sessions' mounts, and wait for what is under way; False if something still is."""
         deadline = time.monotonic() + timeout_s
-        last = threading.Thread(target=self._mounts.clean_up_all, daemon=True)
+        last = threading.Thread(target=self.mounts.clean_up_all, daemon=True)
         last.start()
         last.join(timeout_s)
         while self._sessions_of_slow and time.monotonic() < deadline:

@@ -11,3 +11,4 @@ cdef void answer_wait(session *s, uint64_t tag, int error) noexcept nogil
 cdef int serve_event(worker *w, connection *c, const message *msg) noexcept nogil
 cdef void let_all_go(session *s) noexcept nogil
 cdef void abandon_all(session *s) noexcept nogil
+cdef void abandon_later(session *s) noexcept nogil

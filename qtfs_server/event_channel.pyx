@@ -7,14 +7,16 @@ from libc.stdint cimport uint64_t
 
 from qtfs_common.protocol cimport OP_CANCEL, OP_OPEN, OP_PING, OP_READ, OP_RELEASE, OP_SETLKW, OP_WRITE
 from qtfs_common.transport cimport message
+from qtfs_server.chores cimport chore_add
 from qtfs_server.connection cimport connection
 from qtfs_server.dispatch cimport execute
-from qtfs_server.events cimport event_acknowledged, event_answered, event_attached, event_pong, event_reply
+from qtfs_server.events cimport event_acknowledged, event_answered, event_attached, event_has_room, event_pong, \
+    event_reply
 from qtfs_server.includes.linux cimport pthread_mutex_lock, pthread_mutex_unlock, usleep
 from qtfs_server.openers cimport abandon_openings, cancel_opening
 from qtfs_server.operations.locks cimport abandon_waits, cancel_wait
 from qtfs_server.request cimport DEFERRED, MALFORMED, request
-from qtfs_server.session cimport session
+from qtfs_server.session cimport session, session_unref
 from qtfs_server.streams cimport abandon_stream_waits, end_streams, stream_cancel
 from qtfs_server.worker cimport BUFFER_BYTES, worker
 
@@ -45,11 +47,14 @@ cdef int _execute_event(worker *w, session *s, const message *msg) noexcept nogi
     if event_answered(s, msg.head.op, msg.head.tag):
         return 0                        # it comes again over a fresh connection, and so does its answer
     r.s = s
+    r.at = &w.at
     r.me = &w.me
     r.scratch = w.scratch
     r.reply = w.outbox
     r.reply_room = BUFFER_BYTES
-    r.repeated = False
+    r.repeated = r.resumed = False
+    r.early = NULL
+    r.before = NULL
     r.pipe = NULL
     r.may_wait = True
     result = execute(&r, &w.count, msg)
@@ -99,6 +104,8 @@ cdef int serve_event(worker *w, connection *c, const message *msg) noexcept nogi
 cdef int _execute_event_message(worker *w, connection *c, const message *msg) noexcept nogil:
     """0 or -EPROTO."""
     event_acknowledged(c.s, msg.head.sequence)
+    if not event_has_room(c.s):
+        return 0                        # it comes again over a fresh connection
     if msg.head.op == OP_PING and msg.body_bytes == 0:
         event_pong(c.s, msg.head.tag)
     elif msg.head.op == OP_CANCEL and msg.body_bytes == 0:
@@ -122,3 +129,14 @@ cdef void abandon_all(session *s) noexcept nogil:
     abandon_waits(s)
     abandon_openings(s)
     abandon_stream_waits(s)
+
+
+cdef void _abandon(void *s) noexcept nogil:
+    abandon_all(<session *>s)
+    session_unref(<session *>s)
+
+
+cdef void abandon_later(session *s) noexcept nogil:
+    """The same by another thread, as locks are given back by close(2), which may hang. A reference is taken over."""
+    if not chore_add(_abandon, s):
+        _abandon(s)

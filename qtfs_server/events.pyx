@@ -2,7 +2,8 @@
 
 Replies and notices are numbered. They stay in the session's outbox until the client acknowledges their number, which
 every message of its carries, and go out again over a fresh event channel. Nobody waits for a peer that does not read:
-what its socket does not take is left for `flush_blocked`.
+what its socket does not take is left for `flush_blocked`. A client that acknowledges nothing is cut off when its outbox
+is full. Then nothing is begun that would say more, until there is room; with a second cut the client asks again.
 
 Lock order: session.outbox_guard, _blocked_guard.
 """
@@ -11,25 +12,20 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
+from qtfs_common.includes.polling cimport EFD_CLOEXEC, EFD_NONBLOCK, eventfd, eventfd_write
 from qtfs_common.protocol cimport EVENT_SLOT, MESSAGE_REPLY, OP_PING, header
 from qtfs_server.connection cimport connection
 from qtfs_server.includes.linux cimport atomic_add_int, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, \
     pthread_mutex_unlock
 from qtfs_server.session cimport outgoing, session, session_unref
 
-cdef extern from "<sys/eventfd.h>" nogil:
-    enum:
-        EFD_CLOEXEC
-        EFD_NONBLOCK
-    int eventfd(unsigned int, int)
-    int eventfd_write(int, uint64_t)
-
 cdef extern from "<sys/socket.h>" nogil:
     enum:
         SHUT_RDWR
 
 cdef enum:
-    MAX_OUTBOX_BYTES = 64 << 20     # of one session: a client that acknowledges nothing is cut off
+    MAX_OUTBOX_BYTES = 64 << 20     # of one session; a single answer may exceed it
+    ROOM_AGAIN_BYTES = 32 << 20     # so much less that a fresh channel pays
     MAX_TOLD_BYTES = 1 << 20        # of what was not asked for, while there is no event channel
 
 cdef pthread_mutex_t _blocked_guard
@@ -99,6 +95,7 @@ cdef void _flush_locked(session *s) noexcept nogil:
 
 cdef void _append_locked(session *s, outgoing *message) noexcept nogil:
     cdef connection *c = <connection *>s.event
+    cdef bint had_room = s.outbox_bytes <= MAX_OUTBOX_BYTES
     message.next = NULL
     s.outbox_end[0] = message
     s.outbox_end = &message.next
@@ -106,7 +103,7 @@ cdef void _append_locked(session *s, outgoing *message) noexcept nogil:
     if s.unsent == NULL:
         s.unsent = message
         s.unsent_at = 0
-    if s.outbox_bytes > MAX_OUTBOX_BYTES and c != NULL:
+    if had_room and s.outbox_bytes > MAX_OUTBOX_BYTES and c != NULL:
         c.ch.ops.cut(&c.ch, SHUT_RDWR)
     else:
         _flush_locked(s)
@@ -138,6 +135,19 @@ cdef void _send(session *s, uint16_t op, uint16_t flags, uint64_t tag, int error
     pthread_mutex_unlock(&s.outbox_guard)
 
 
+cdef void event_restore(session *s, uint64_t number, const uint8_t *message, size_t size) noexcept nogil:
+    """A message of the engine before us that the client has not confirmed."""
+    cdef outgoing *copy = <outgoing *>malloc(sizeof(outgoing) + size)
+    if copy == NULL:
+        return
+    memcpy(_bytes(copy), message, size)
+    copy.size = size
+    copy.number = number
+    pthread_mutex_lock(&s.outbox_guard)
+    _append_locked(s, copy)
+    pthread_mutex_unlock(&s.outbox_guard)
+
+
 cdef void event_reply(session *s, uint16_t op, uint64_t tag, int error, const void *body, size_t body_bytes) noexcept nogil:
     """Answer a request of the event channel, with 0 and a body or with -errno."""
     _send(s, op, MESSAGE_REPLY, tag, error, body, body_bytes if error == 0 else 0, True)
@@ -152,7 +162,7 @@ cdef void event_tell(session *s, uint16_t op, const void *body, size_t body_byte
     """The same with a body, which waits for an event channel; but not more than a reasonable client leaves waiting."""
     cdef bint has_room
     pthread_mutex_lock(&s.outbox_guard)
-    has_room = s.event != NULL or s.outbox_bytes < MAX_TOLD_BYTES
+    has_room = s.outbox_bytes < MAX_TOLD_BYTES or s.event != NULL and _has_room_locked(s)
     pthread_mutex_unlock(&s.outbox_guard)
     if has_room:
         _send(s, op, 0, 0, 0, body, body_bytes, True)
@@ -185,10 +195,31 @@ cdef bint flush_blocked() noexcept nogil:
 
 # ---- what the client has ---------------------------------------------------------------------------------------------
 
+cdef bint _has_room_locked(session *s) noexcept nogil:
+    cdef bint has_room = s.outbox_bytes <= MAX_OUTBOX_BYTES
+    if not has_room:
+        s.event_overlooked = True
+    return has_room
+
+
+cdef bint event_has_room(session *s) noexcept nogil:
+    """Whether something may be begun that says more. If not, and it is left, the client will ask for it again."""
+    cdef bint has_room
+    pthread_mutex_lock(&s.outbox_guard)
+    has_room = _has_room_locked(s)
+    pthread_mutex_unlock(&s.outbox_guard)
+    return has_room
+
+
 cdef void event_acknowledged(session *s, uint64_t number) noexcept nogil:
     """The client has all up to that number."""
+    cdef connection *c
     pthread_mutex_lock(&s.outbox_guard)
     _drop_settled_locked(s, number)
+    c = <connection *>s.event
+    if s.event_overlooked and s.outbox_bytes <= ROOM_AGAIN_BYTES and c != NULL:
+        s.event_overlooked = False
+        c.ch.ops.cut(&c.ch, SHUT_RDWR)
     pthread_mutex_unlock(&s.outbox_guard)
 
 
@@ -219,6 +250,7 @@ cdef void event_attached(session *s) noexcept nogil:
         at[0] = message.next
         s.outbox_bytes -= message.size
         free(message)
+    s.event_overlooked = False
     s.outbox_end = at
     s.unsent = s.outbox
     s.unsent_at = 0

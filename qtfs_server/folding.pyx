@@ -6,19 +6,19 @@ throughout the file system; that one is kept in the record. A node whose handle 
 so does one that is opened by a path or that the client has looked up more often than a record can count.
 """
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
-from libc.stdlib cimport malloc, realloc
+from libc.stdlib cimport malloc
 from libc.string cimport memcmp, memcpy, memset
 
-from qtfs_server.includes.linux cimport file_handle
+from qtfs_server.includes.linux cimport file_handle, written
 from qtfs_server.node_table cimport record_free_locked
 from qtfs_server.policy cimport place
-from qtfs_server.session cimport MAX_SHAPES, NODE_REVIVE_BY_PATH, NO_INDEX, RECORD_AWAKE, SHAPE_CHAINS, SHAPE_WORDS, \
+from qtfs_server.session cimport NODE_REVIVE_BY_PATH, NO_INDEX, RECORD_AWAKE, SHAPE_CHAINS, SHAPE_WORDS, \
     WORD_CONSTANT, WORD_INO_HIGH, WORD_INO_LOW, WORD_OWN, node, node_free_locked, node_new_locked, record, \
     record_at, session, shape, shape_key
+from qtfs_server.state_file cimport SHAPES, grow
 
 cdef enum:
     MOST_LOOKUPS = 0xffff
-    FIRST_SHAPES = 16
 
 
 # ---- shapes --------------------------------------------------------------------------------------------------------
@@ -36,17 +36,11 @@ cdef uint16_t *_chain_locked(session *s, const shape_key *key) noexcept nogil:
 cdef uint16_t _unused_locked(session *s) noexcept nogil:
     """An index for another shape, or NO_INDEX."""
     cdef uint16_t index = s.shape_free
-    cdef shape *larger
     if index != NO_INDEX:
         s.shape_free = s.shapes[index].next
         return index
-    if s.shape_count >= MAX_SHAPES:
+    if grow(s.state_fd, s.state, SHAPES, s.shape_count) < 0:
         return NO_INDEX
-    if s.shapes == NULL or s.shape_count >= FIRST_SHAPES and s.shape_count & (s.shape_count - 1) == 0:
-        larger = <shape *>realloc(s.shapes, max(s.shape_count * 2, <uint32_t>FIRST_SHAPES) * sizeof(shape))
-        if larger == NULL:
-            return NO_INDEX
-        s.shapes = larger
     s.shape_count += 1
     return <uint16_t>(s.shape_count - 1)
 
@@ -66,6 +60,16 @@ cdef uint16_t _shape_locked(session *s, const shape_key *key) noexcept nogil:
         s.shapes[index].next = chain[0]
         chain[0] = index
     return index
+
+
+cdef void shape_restore_locked(session *s, uint16_t index) noexcept nogil:
+    """Have a shape found again that a former engine's records have, with a user more."""
+    cdef uint16_t *chain
+    if s.shapes[index].users == 0:
+        chain = _chain_locked(s, &s.shapes[index].key)
+        s.shapes[index].next = chain[0]
+        chain[0] = index
+    s.shapes[index].users += 1
 
 
 cdef void _leave_shape_locked(session *s, uint16_t index) noexcept nogil:
@@ -131,6 +135,28 @@ cdef file_handle *_put_together(const shape_key *key, uint64_t ino, uint32_t own
     return made
 
 
+cdef void keep_handle(node *n, const file_handle *of) noexcept nogil:
+    """Note a node's file handle where the next engine finds it, if it is short."""
+    n.by_handle.words = 0
+    if of.handle_bytes <= sizeof(n.by_handle.data) and of.handle_bytes % 4 == 0:
+        memcpy(n.by_handle.data, of.f_handle, of.handle_bytes)
+        n.by_handle.type = of.handle_type
+        n.by_handle.words = of.handle_bytes // 4
+
+
+cdef uint8_t *kept_handle(const node *n) noexcept nogil:
+    """The struct file_handle that was noted, to be freed by the caller; or NULL."""
+    cdef uint32_t size = 4 * n.by_handle.words
+    cdef file_handle *made = NULL
+    if 0 < size <= sizeof(n.by_handle.data):
+        made = <file_handle *>malloc(sizeof(file_handle) + size)
+    if made != NULL:
+        made.handle_type = n.by_handle.type
+        made.handle_bytes = size
+        memcpy(made.f_handle, n.by_handle.data, size)
+    return <uint8_t *>made
+
+
 # ---- nodes ---------------------------------------------------------------------------------------------------------
 
 cdef void _put_place(shape_key *key, const place *where) noexcept nogil:
@@ -165,6 +191,7 @@ cdef bint fold_locked(session *s, node *n) noexcept nogil:
     r.own = own
     r.lookups = <uint16_t>n.lookups
     r.body.seen = n.seen
+    written()
     r.stamp &= ~<uint32_t>RECORD_AWAKE
     node_free_locked(s, n)
     return True
@@ -185,6 +212,7 @@ cdef node *unfold_locked(session *s, uint32_t index) noexcept nogil:
     if n.revive == NULL:
         node_free_locked(s, n)
         return NULL
+    keep_handle(n, <file_handle *>n.revive)
     n.ino = r.ino
     n.index = index
     n.fd = -1
@@ -193,9 +221,10 @@ cdef node *unfold_locked(session *s, uint32_t index) noexcept nogil:
     n.device = key.device
     n.type = key.type
     n.where = key.where
-    _leave_shape_locked(s, r.shape)
     r.body.awake = n
+    written()
     r.stamp |= RECORD_AWAKE
+    _leave_shape_locked(s, r.shape)
     return n
 
 

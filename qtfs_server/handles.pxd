@@ -4,8 +4,11 @@ from libc.stdint cimport uint32_t, uint64_t
 from qtfs_common.protocol cimport open_reply
 from qtfs_server.session cimport handle, node, session
 
-cdef int handle_new(session *s, node *n, int fd, uint32_t flags, uint64_t *id) noexcept nogil
+cdef uint64_t lost_handles
+
+cdef int handle_new(session *s, node *n, int fd, uint32_t flags, uint32_t open_flags, uint64_t *id) noexcept nogil
 cdef int handle_new_stream(session *s, node *n, int fd, uint32_t flags, open_reply *out) noexcept nogil
+cdef int handle_hold(session *s, uint64_t id, handle **out) noexcept nogil
 cdef int handle_pin(session *s, uint64_t id, handle **out) noexcept nogil
 cdef void handle_unpin(session *s, handle *h) noexcept nogil
 cdef int handle_end(session *s, uint64_t id) noexcept nogil

@@ -1,23 +1,31 @@
 """Handles of a session: open files and directories.
 
+A handle that an engine before us had open is opened again when it is first used: by its node, with the flags it had. A
+FIFO is not, as what was in it is gone, nor is a file that nobody can find again: such a handle is lost, and EIO.
+
 A handle id is (generation << 34 | index << 2 | pollable << 1 | writable): stale and invented ones are refused by their
 generation.
 """
-from libc.errno cimport ENFILE, ESTALE
+from libc.errno cimport EINTR, EIO, EMFILE, ENFILE, ENOMEM, ESTALE, errno
 from libc.stdint cimport uint32_t, uint64_t
 
 from qtfs_common.protocol cimport OPENED_STREAM, OPENED_UNCACHED, open_reply
-from qtfs_server.descriptors cimport close_counted, descriptor_opened
-from qtfs_server.includes.linux cimport O_ACCMODE, O_RDONLY, close, pthread_mutex_lock, pthread_mutex_unlock
-from qtfs_server.nodes cimport node_let_go
-from qtfs_server.session cimport HANDLE_ENDED, HANDLE_IN_USE, HANDLE_POLLABLE, HANDLE_STREAM, HANDLE_WRITABLE, \
-    MAX_HANDLES, NO_INDEX, grown_chunks, handle, handle_at, node, session
+from qtfs_server.descriptors cimport close_counted, descriptor_opened, proc_path, within_share
+from qtfs_server.fd_store cimport unstore_later
+from qtfs_server.includes.linux cimport AT_FDCWD, F_SETFL, O_ACCMODE, O_APPEND, O_CLOEXEC, O_NOCTTY, O_NONBLOCK, O_RDONLY, \
+    close, fcntl, openat, pthread_mutex_lock, pthread_mutex_unlock, written
+from qtfs_server.node_descriptors cimport node_hold, node_let_go, node_unpin
+from qtfs_server.session cimport HANDLE_ENDED, HANDLE_IN_USE, HANDLE_LOST, HANDLE_POLLABLE, HANDLE_STORED, \
+    HANDLE_STREAM, HANDLE_WRITABLE, NO_INDEX, handle, handle_at, node, session
+from qtfs_server.shares cimport max_handles
+from qtfs_server.state_file cimport HANDLES, grow
 
 cdef enum:
     GENERATIONS = 0x3fffffff
 
 cdef stream_function _released = NULL       # nobody uses the handle's stream any more, but those who wait on it
 cdef stream_function _closing = NULL        # nor do they
+cdef uint64_t lost_handles = 0              # that could not be opened again
 
 
 cdef void set_stream_functions(stream_function released, stream_function closing) noexcept nogil:
@@ -29,16 +37,13 @@ cdef void set_stream_functions(stream_function released, stream_function closing
 
 cdef uint32_t _new_handle_locked(session *s) noexcept nogil:
     cdef uint32_t index = s.handle_free
-    cdef handle **chunks
+    if s.handles_used >= max_handles or not within_share(s.handles_used + s.lock_files):
+        return NO_INDEX
     if index != NO_INDEX:
         s.handle_free = handle_at(s, index).next_free
     else:
-        if s.handle_count >= MAX_HANDLES:
+        if grow(s.state_fd, s.state, HANDLES, s.handle_count) < 0:
             return NO_INDEX
-        chunks = <handle **>grown_chunks(<void **>s.handle_chunks, s.handle_count, sizeof(handle))
-        if chunks == NULL:
-            return NO_INDEX
-        s.handle_chunks = chunks
         index = s.handle_count
         s.handle_count += 1
         handle_at(s, index).generation = s.salt & GENERATIONS
@@ -46,8 +51,8 @@ cdef uint32_t _new_handle_locked(session *s) noexcept nogil:
     return index
 
 
-cdef int handle_new(session *s, node *n, int fd, uint32_t flags, uint64_t *id) noexcept nogil:
-    """A handle on a pinned node for an open descriptor, which is taken over. 0 or -ENFILE."""
+cdef int handle_new(session *s, node *n, int fd, uint32_t flags, uint32_t open_flags, uint64_t *id) noexcept nogil:
+    """A handle on a pinned node for a descriptor opened with these open(2) flags, which is taken over. 0 or -ENFILE."""
     cdef uint32_t index
     cdef handle *h
     pthread_mutex_lock(&s.guard)
@@ -59,11 +64,16 @@ cdef int handle_new(session *s, node *n, int fd, uint32_t flags, uint64_t *id) n
     h = handle_at(s, index)
     h.fd = fd
     h.pins = 0
-    h.flags = HANDLE_IN_USE | flags
+    h.open_flags = open_flags
+    h.flocked = 0
     h.position = 0
+    h.notify = 0
     h.stream = NULL
     h.index = index
     h.node = n
+    h.node_index = n.index
+    written()
+    h.flags = HANDLE_IN_USE | flags
     n.handles += 1
     descriptor_opened()
     id[0] = <uint64_t>h.generation << 34 | <uint64_t>index << 2 | (2 if flags & HANDLE_POLLABLE else 0) | \
@@ -78,7 +88,7 @@ cdef int handle_new_stream(session *s, node *n, int fd, uint32_t flags, open_rep
     cdef uint32_t kind = HANDLE_STREAM | HANDLE_POLLABLE
     if (flags & O_ACCMODE) != O_RDONLY:
         kind |= HANDLE_WRITABLE
-    cdef int error = handle_new(s, n, fd, kind, &id)
+    cdef int error = handle_new(s, n, fd, kind, flags & O_ACCMODE | O_NONBLOCK, &id)
     out.handle = id
     out.flags = OPENED_UNCACHED | OPENED_STREAM
     out.reserved = 0
@@ -97,14 +107,63 @@ cdef handle *_handle_locked(session *s, uint64_t id) noexcept nogil:
     return h
 
 
-cdef int handle_pin(session *s, uint64_t id, handle **out) noexcept nogil:
-    """Hold the handle of an id. 0 or -ESTALE."""
+cdef int handle_hold(session *s, uint64_t id, handle **out) noexcept nogil:
+    """Hold the handle of an id, which may not have its descriptor. 0 or -ESTALE."""
     pthread_mutex_lock(&s.guard)
     out[0] = _handle_locked(s, id)
     if out[0] != NULL:
         out[0].pins += 1
     pthread_mutex_unlock(&s.guard)
     return 0 if out[0] != NULL else -ESTALE
+
+
+cdef int handle_pin(session *s, uint64_t id, handle **out) noexcept nogil:
+    """Hold the handle of an id, with its descriptor open. 0, -ESTALE; -EIO: it was lost with the engine before us."""
+    cdef int error = handle_hold(s, id, out)
+    if error == 0 and out[0].fd < 0:
+        error = _reopen(s, out[0])
+        if error < 0:
+            handle_unpin(s, out[0])
+    return error
+
+
+cdef int _opened_again(session *s, handle *h) noexcept nogil:
+    """A descriptor like the one that a handle had, or -errno."""
+    cdef char link[32]
+    cdef int fd, error
+    error = node_hold(s, h.node)
+    if error < 0:
+        return error
+    proc_path(link, h.node.fd)
+    fd = openat(AT_FDCWD, link, <int>h.open_flags | O_CLOEXEC | O_NOCTTY)
+    error = -errno if fd < 0 else 0
+    node_unpin(s, h.node)
+    if error == 0 and h.open_flags & O_APPEND:
+        fcntl(fd, F_SETFL, <int>(h.open_flags & ~<uint32_t>(O_ACCMODE | O_APPEND)))     # as when it was opened first
+    return fd if error == 0 else error
+
+
+cdef int _reopen(session *s, handle *h) noexcept nogil:
+    """Give a held handle its descriptor. 0, -EIO, or -EMFILE and the like: not now."""
+    global lost_handles
+    cdef int fd = -EIO
+    if not h.flags & HANDLE_LOST:
+        fd = _opened_again(s, h)
+    if fd in (-EMFILE, -ENFILE, -ENOMEM, -EINTR):
+        return fd
+    pthread_mutex_lock(&s.guard)
+    if fd < 0 and not h.flags & HANDLE_LOST:
+        h.flags |= HANDLE_LOST
+        lost_handles += 1
+    elif fd >= 0 and h.fd < 0:
+        h.fd = fd
+        h.position = 0
+        fd = 0
+        descriptor_opened()
+    pthread_mutex_unlock(&s.guard)
+    if fd > 0:
+        close(fd)                   # somebody else was quicker
+    return 0 if fd >= 0 else -EIO
 
 
 cdef node *_free_handle_locked(session *s, handle *h) noexcept nogil:
@@ -126,6 +185,8 @@ cdef void _settle(session *s, handle *h) noexcept nogil:
     if h.pins == 0 and h.flags & HANDLE_ENDED:
         fd = h.fd
         stream = h.stream
+        if h.flags & HANDLE_STORED:
+            unstore_later(s.id, h.index, h.generation)
         n = _free_handle_locked(s, h)
     pthread_mutex_unlock(&s.guard)
     if stream != NULL:

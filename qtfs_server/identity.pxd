@@ -1,5 +1,8 @@
-"""Whom a worker thread acts for: file system uid, gid, groups, capabilities and umask, each per thread."""
+"""Whom a worker thread acts for: effective uid and gid, groups, capabilities and umask, each per thread."""
 from libc.stdint cimport uint32_t, uint64_t
+
+cdef enum:
+    NO_ID = 0xffffffff              # as uid or gid: setresuid(2) takes it for no change
 
 cdef struct identity:
     bint is_root                    # everything as at the start of the thread

@@ -1,15 +1,21 @@
-"""Acting for a caller: credentials(7), setfsuid(2), capabilities(7), umask(2). All of it is per thread.
+"""Acting for a caller: credentials(7), setresuid(2), capabilities(7), umask(2). All of it is per thread.
 
-A worker is root between requests. For another user it takes that user's file system ids and groups and gives up all of
-its effective capabilities, so that the kernel checks and marks everything as if the caller were here.
+A worker is root between requests. For another user it takes that user's effective ids, which those of file systems
+follow, and groups and gives up all of its effective capabilities, so that the kernel checks and marks everything as if
+the caller were here: sysctls and cgroups go by the effective uid. The real and the saved uid stay root's; they let it
+return, and keep the caller's processes from sending it signals. The system calls are bare, since those of libc change
+all threads.
 """
 from libc.errno cimport errno
 from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memset
 
 from qtfs_server.includes.linux cimport CAP_FSETID, CLONE_FS, SYS_capget, SYS_capset, SYS_setgroups, \
-    _LINUX_CAPABILITY_VERSION_3, __user_cap_data_struct, __user_cap_header_struct, setfsgid, setfsuid, syscall, \
-    umask, unshare
+    SYS_setresgid, SYS_setresuid, _LINUX_CAPABILITY_VERSION_3, __user_cap_data_struct, __user_cap_header_struct, \
+    syscall, umask, unshare
+
+cdef enum:
+    SAME = -1                       # an id that is not to change
 
 
 cdef void _set_effective(identity *me, uint64_t effective) noexcept nogil:
@@ -44,14 +50,14 @@ cdef int identity_init(identity *me) noexcept nogil:
 
 
 cdef void act_as(identity *me, uint32_t uid, uint32_t gid, const uint32_t *groups, uint32_t ngroups) noexcept nogil:
-    """Take over the caller's ids; uid 0 keeps the capabilities."""
+    """Take over the caller's ids, which are ids (NO_ID is none); uid 0 keeps the capabilities."""
     if uid == 0 and gid == 0 and ngroups == 0:
         return
     me.is_root = False
     syscall(SYS_setgroups, <size_t>ngroups, groups)
-    setfsgid(gid)
+    syscall(SYS_setresgid, SAME, gid, SAME)
     if uid != 0:
-        setfsuid(uid)
+        syscall(SYS_setresuid, SAME, uid, SAME)
         _set_effective(me, 0)
         me.capable = False
 
@@ -61,8 +67,8 @@ cdef void act_as_root(identity *me) noexcept nogil:
     if me.is_root and me.keeps_fsetid:
         return
     if not me.is_root:
-        setfsuid(0)
-        setfsgid(0)
+        syscall(SYS_setresuid, SAME, 0, SAME)
+        syscall(SYS_setresgid, SAME, 0, SAME)
     _set_effective(me, me.permitted)
     if not me.is_root:
         syscall(SYS_setgroups, 0, NULL)

@@ -1,20 +1,25 @@
 """Gives up the descriptors by which nodes hold mounts of the server: of idle nodes, of one mount, of mounts that are gone.
 
 Nodes that hold such a mount stand in session.holders. One whose file is open is left alone: the open file holds the
-mount anyway. What a node needs to be opened again is kept as in an eviction (nodes.pyx).
+mount anyway. What a node needs to be opened again is kept as in an eviction (node_descriptors.pyx).
 
-Lock order: _walking, then session.guard. _walking is held over system calls; nobody waits for it but who unmounts.
+One thread at a time goes through the holders of a session: it sets session.walked. It asks file systems, and may hang in
+one; then only this session keeps what it holds. So nobody waits for it but who unmounts, and not for long.
 """
 from libc.stdint cimport uint32_t, uint64_t
 
-from qtfs_server.includes.linux cimport pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock
+from qtfs_server.chores cimport chore_add
+from qtfs_server.includes.linux cimport pthread_mutex_lock, pthread_mutex_unlock, usleep
 from qtfs_server.mounts cimport close_idle_mounts, is_let_go, set_holding
 from qtfs_server.node_table cimport awake_locked
-from qtfs_server.nodes cimport node_put_aside, node_unpin
-from qtfs_server.session cimport NODE_WARM, RECORD_LISTED, device, node, record_at, session, session_after
+from qtfs_server.node_descriptors cimport node_put_aside, node_unpin
+from qtfs_server.session cimport NODE_WARM, RECORD_LISTED, device, node, record_at, session, session_after, session_hold, \
+    session_unref
+from qtfs_server.stuck cimport is_stuck
 
-cdef pthread_mutex_t _walking
-pthread_mutex_init(&_walking, NULL)
+cdef enum:
+    LOOK_US = 1000
+    PATIENCE_US = 500000            # of who unmounts with who goes through a session's holders
 
 cdef struct progress:               # of one walk through session.holders, which grows at its end meanwhile
     uint32_t at
@@ -42,15 +47,43 @@ cdef node *_next_idle_locked(session *s, progress *walk) noexcept nogil:
         walk.kept += 1
         if n.flags & NODE_WARM and not s.devices[n.device].gone:
             n.flags &= ~NODE_WARM
-        elif n.pins == 0 and n.handles == 0:
+        elif n.pins == 0 and n.handles == 0 and not is_stuck(s.devices[n.device].number):
             n.pins += 1
             return n
     s.holder_count = walk.kept
     return NULL
 
 
-cdef bint _let_session_go(session *s) noexcept nogil:
-    """One walk. Whether something is still held."""
+cdef bint _begin_walk(session *s) noexcept nogil:
+    """Whether nobody else goes through the holders of a session just now."""
+    cdef bint alone
+    pthread_mutex_lock(&s.guard)
+    alone = not s.walked
+    s.walked = True
+    pthread_mutex_unlock(&s.guard)
+    return alone
+
+
+cdef void _end_walk(session *s) noexcept nogil:
+    pthread_mutex_lock(&s.guard)
+    s.walked = False
+    pthread_mutex_unlock(&s.guard)
+
+
+cdef bint _holds_something(session *s) noexcept nogil:
+    """Whether a session has descriptors on mounts that are to be let go."""
+    cdef uint32_t i
+    cdef bint holds
+    pthread_mutex_lock(&s.guard)
+    holds = s.holder_count > 0
+    for i in range(s.device_count):
+        holds = holds or (s.devices[i].mount_fd >= 0 and is_let_go(s, i))
+    pthread_mutex_unlock(&s.guard)
+    return holds
+
+
+cdef void _let_session_go(session *s) noexcept nogil:
+    """One walk, which the caller has begun."""
     cdef progress walk
     cdef node *n = NULL
     walk.at = walk.kept = 0
@@ -62,22 +95,37 @@ cdef bint _let_session_go(session *s) noexcept nogil:
             break
         node_put_aside(s, n)
         node_unpin(s, n)
-    return close_idle_mounts(s) or s.holder_count > 0
+    close_idle_mounts(s)
+    _end_walk(s)
+
+
+cdef void _walk(void *subject) noexcept nogil:
+    _let_session_go(<session *>subject)
+    session_unref(<session *>subject)
 
 
 cdef bint let_idle_go() noexcept nogil:
-    """Close what has not been used since the last call. Whether there is something left to close."""
+    """Have closed what was not used since the last call. Whether there may be something left afterwards."""
     cdef session *s
     cdef bint left = False
-    pthread_mutex_lock(&_walking)
     set_holding(False)              # what comes from now on rings again
     s = session_after(NULL)
     while s != NULL:
-        if _let_session_go(s):
+        if _holds_something(s):
             left = True
+            _begin_chore(s)
         s = session_after(s)
-    pthread_mutex_unlock(&_walking)
     return left
+
+
+cdef void _begin_chore(session *s) noexcept nogil:
+    if not _begin_walk(s):
+        return                      # the last one is not over
+    if session_hold(s):
+        if chore_add(_walk, s):
+            return
+        session_unref(s)
+    _end_walk(s)
 
 
 # ---- one mount, gone ones --------------------------------------------------------------------------------------------
@@ -111,14 +159,19 @@ def release_mount(uint64_t mount_id) -> None:
 
 
 cdef void _release_mount(uint64_t mount_id) noexcept nogil:
-    cdef session *s
-    pthread_mutex_lock(&_walking)
-    s = session_after(NULL)
+    cdef session *s = session_after(NULL)
+    cdef int waited_us = 0
+    cdef bint alone
     while s != NULL:
-        _cool(s, mount_id)
-        _let_session_go(s)
+        alone = _begin_walk(s)
+        while not alone and waited_us < PATIENCE_US:
+            usleep(LOOK_US)
+            waited_us += LOOK_US
+            alone = _begin_walk(s)
+        if alone:
+            _cool(s, mount_id)
+            _let_session_go(s)
         s = session_after(s)
-    pthread_mutex_unlock(&_walking)
 
 
 def mount_gone(uint64_t mount_id) -> None:

@@ -1,6 +1,8 @@
 """Ranges of a file that one owner has locked, as POSIX has them: sorted, disjoint, neighbours of one type merged."""
 from libc.stdint cimport uint32_t, uint64_t
 
+from qtfs_server.session cimport session
+
 cdef enum:
     SHARED = 0                      # lock_request.type
     EXCLUSIVE = 1
@@ -14,6 +16,7 @@ cdef struct held_range:
     held_range *next
 
 cdef struct held_ranges:
+    session *s                      # whose share they are of
     held_range *first
     held_range *spare
     uint32_t spares

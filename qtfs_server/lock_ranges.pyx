@@ -3,27 +3,22 @@
 Whoever changes ranges has reserved before: what the kernel has granted cannot fail to be noted.
 """
 from libc.errno cimport ENOLCK, ENOMEM
-from libc.stdint cimport int32_t, uint32_t, uint64_t
+from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 
-from qtfs_server.includes.linux cimport atomic_add_int, atomic_load_int
-
-cdef enum:
-    MAX_RANGES = 1 << 20            # of all owners
-
-cdef int32_t _count = 0             # ranges there are, spare ones too
+from qtfs_server.shares cimport SHARE_LOCK_RANGES, share_give, share_take
 
 
 cdef int ranges_reserve(held_ranges *ranges) noexcept nogil:
     """Make the next change possible. 0, -ENOLCK or -ENOMEM."""
     cdef held_range *fresh
     while ranges.spares < SPARES:
-        if atomic_load_int(&_count) >= MAX_RANGES:
+        if not share_take(ranges.s, SHARE_LOCK_RANGES, 1):
             return -ENOLCK
         fresh = <held_range *>malloc(sizeof(held_range))
         if fresh == NULL:
+            share_give(ranges.s, SHARE_LOCK_RANGES, 1)
             return -ENOMEM
-        atomic_add_int(&_count, 1)
         fresh.next = ranges.spare
         ranges.spare = fresh
         ranges.spares += 1
@@ -43,11 +38,11 @@ cdef held_range *_insert(held_ranges *ranges, held_range **at, uint64_t start, u
     return fresh
 
 
-cdef void _remove(held_range **at) noexcept nogil:
+cdef void _remove(held_ranges *ranges, held_range **at) noexcept nogil:
     cdef held_range *gone = at[0]
     at[0] = gone.next
     free(gone)
-    atomic_add_int(&_count, -1)
+    share_give(ranges.s, SHARE_LOCK_RANGES, 1)
 
 
 cdef held_range **_clear(held_ranges *ranges, uint64_t start, uint64_t end) noexcept nogil:
@@ -61,26 +56,26 @@ cdef held_range **_clear(held_ranges *ranges, uint64_t start, uint64_t end) noex
         at[0].end = start - 1
         at = &at[0].next
     while at[0] != NULL and at[0].end <= end:
-        _remove(at)
+        _remove(ranges, at)
     if at[0] != NULL and at[0].start <= end:
         at[0].start = end + 1
     return at
 
 
-cdef void _merge_next(held_range *r) noexcept nogil:
+cdef void _merge_next(held_ranges *ranges, held_range *r) noexcept nogil:
     if r.next != NULL and r.next.type == r.type and r.next.start == r.end + 1:
         r.end = r.next.end
-        _remove(&r.next)
+        _remove(ranges, &r.next)
 
 
 cdef void _merge(held_ranges *ranges, held_range *fresh) noexcept nogil:
     """Join a range with its neighbours on both sides."""
     cdef held_range *before = ranges.first
-    _merge_next(fresh)
+    _merge_next(ranges, fresh)
     while before != fresh and before.next != fresh:
         before = before.next
     if before != fresh:
-        _merge_next(before)
+        _merge_next(ranges, before)
 
 
 cdef void ranges_change(held_ranges *ranges, uint64_t start, uint64_t end, uint32_t type) noexcept nogil:
@@ -103,7 +98,7 @@ cdef bint ranges_conflict(const held_ranges *ranges, uint64_t start, uint64_t en
 cdef void ranges_free(held_ranges *ranges) noexcept nogil:
     """Forget everything, spares too."""
     while ranges.first != NULL:
-        _remove(&ranges.first)
+        _remove(ranges, &ranges.first)
     while ranges.spare != NULL:
-        _remove(&ranges.spare)
+        _remove(ranges, &ranges.spare)
     ranges.spares = 0

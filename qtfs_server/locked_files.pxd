@@ -7,7 +7,7 @@ Lock order: locked_file.turn, the guard of all tables, session.guard. The turn i
 wait, so that the tables tell what the kernel has granted; the guard over look-ups in memory only. Owners, their ranges
 and waits change under both, so either is enough to read them.
 """
-from libc.stdint cimport int32_t, int64_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 
 from qtfs_common.protocol cimport lock_request
 from qtfs_server.includes.linux cimport pthread_mutex_t
@@ -20,6 +20,7 @@ cdef struct lock_owner:             # one owner's POSIX locks of one file: an op
     uint64_t handle                 # the one its first lock came by; what is left of its locks goes with it
     int32_t fd
     held_ranges ranges
+    uint32_t note                   # what the next engine is told of them: lock_notes.pxd
     locked_file *file
     lock_owner *next                # of the file
     lock_owner *next_of_session
@@ -53,7 +54,13 @@ cdef struct locked_file:
     locked_file *next_polled
     locked_file **in_polled         # what points to it in that list
 
+cdef struct lock_count:             # of one session
+    uint64_t owners                 # of POSIX locks, each counted once for each file
+    uint64_t ranges                 # that they hold
+    uint64_t waits                  # SETLKW that wait, of either kind
+
 cdef bint nothing_locked() noexcept nogil
+cdef void count_locks(const session *s, lock_count *out) noexcept nogil
 cdef locked_file *file_enter(session *s, node *n, bint make) noexcept nogil
 cdef void file_hold(locked_file *f) noexcept nogil
 cdef void file_leave(locked_file *f) noexcept nogil
@@ -72,3 +79,4 @@ cdef locked_file *file_awaited(const session *s) noexcept nogil
 
 cdef void file_poll(locked_file *f, bint wanted, bint progress, int64_t now) noexcept nogil
 cdef locked_file *file_due(int64_t now, int64_t *next_us) noexcept nogil
+cdef void file_tried(const locked_file *f) noexcept nogil

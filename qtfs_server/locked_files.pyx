@@ -7,15 +7,17 @@ from qtfs_common.protocol cimport LOCK_FLOCK, lock_request
 from qtfs_server.descriptors cimport close_counted, descriptor_opened
 from qtfs_server.includes.linux cimport EDEADLK, atomic_add_int, atomic_load_int, pthread_mutex_destroy, \
     pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock
-from qtfs_server.lock_ranges cimport ranges_change, ranges_conflict, ranges_free
+from qtfs_server.lock_notes cimport drop_note, note_ranges
+from qtfs_server.lock_ranges cimport held_range, ranges_change, ranges_conflict, ranges_free
 from qtfs_server.session cimport handle, node, session
+from qtfs_server.shares cimport SHARE_LOCK_WAITS, share_give, share_take
 
 cdef enum:
     BUCKETS = 4096                  # a power of 2
-    MAX_WAITS = 65536               # of all sessions
     SEARCH_STEPS = 100000           # owners looked at for one deadlock; longer chains are not found
     SHORTEST_POLL_US = 200
     LONGEST_POLL_US = 20000
+    MOST_TRIED = 16                 # file systems that may hang while waits in others are tried
     POLL_SHARE = 8                  # a lock that was waited for this many times as long may be granted so much late
 
 cdef pthread_mutex_t _guard
@@ -23,6 +25,8 @@ cdef locked_file *_files[BUCKETS]
 cdef lock_wait *_tagged[BUCKETS]    # waits by session and tag
 cdef lock_wait *_waiting[BUCKETS]   # waits by session and owner
 cdef locked_file *_polled = NULL
+cdef locked_file *_tried[MOST_TRIED]
+cdef int _tried_count = 0
 cdef int32_t _file_count = 0
 cdef uint32_t _wait_count = 0
 cdef uint64_t _searches = 0
@@ -124,6 +128,7 @@ cdef lock_owner *owner_new(locked_file *f, session *s, uint64_t owner, uint64_t 
     if o == NULL:
         return NULL
     o.s = s
+    o.ranges.s = s
     o.owner = owner
     o.handle = handle
     o.fd = fd
@@ -138,6 +143,7 @@ cdef lock_owner *owner_new(locked_file *f, session *s, uint64_t owner, uint64_t 
     if first != NULL:
         first.of_session = &o.next_of_session
     s.lock_owners = o
+    s.lock_files += 1
     pthread_mutex_unlock(&_guard)
     return o
 
@@ -150,9 +156,11 @@ cdef void owner_drop(lock_owner *o) noexcept nogil:
         at = &at[0].next
     at[0] = o.next
     o.of_session[0] = o.next_of_session
+    o.s.lock_files -= 1
     if o.next_of_session != NULL:
         o.next_of_session.of_session = o.of_session
     pthread_mutex_unlock(&_guard)
+    drop_note(o.s, o.note)
     close_counted(o.fd)
     ranges_free(&o.ranges)
     free(o)
@@ -163,6 +171,7 @@ cdef void owner_note(lock_owner *o, const lock_request *what) noexcept nogil:
     pthread_mutex_lock(&_guard)
     ranges_change(&o.ranges, what.start, what.end, what.type)
     pthread_mutex_unlock(&_guard)
+    note_ranges(o.s, &o.note, o.owner, o.handle, &o.ranges)
 
 
 cdef locked_file *file_of_session(session *s, uint64_t *owner) noexcept nogil:
@@ -207,9 +216,9 @@ cdef bint is_waiting(const session *s, uint64_t tag) noexcept nogil:
 
 
 cdef int _may_wait_locked(lock_wait *w) noexcept nogil:
-    if _wait_count >= MAX_WAITS:
-        return -ENOLCK
-    return -EDEADLK if not w.what.flags & LOCK_FLOCK and _waits_for_itself_locked(w) else 0
+    if not w.what.flags & LOCK_FLOCK and _waits_for_itself_locked(w):
+        return -EDEADLK
+    return 0 if share_take(w.s, SHARE_LOCK_WAITS, 1) else -ENOLCK
 
 
 cdef int wait_add(lock_wait *w) noexcept nogil:
@@ -239,6 +248,7 @@ cdef lock_wait *wait_take(lock_wait **at) noexcept nogil:
     cdef lock_wait **chain
     pthread_mutex_lock(&_guard)
     _wait_count -= 1
+    share_give(w.s, SHARE_LOCK_WAITS, 1)
     at[0] = w.next
     if w.next == NULL:
         w.file.waits_end = at
@@ -273,6 +283,30 @@ cdef locked_file *file_awaited(const session *s) noexcept nogil:
             w = w.next_tagged
         i += 1
     return _enter_locked(w.file if w != NULL else NULL)
+
+
+cdef void count_locks(const session *s, lock_count *out) noexcept nogil:
+    """What a session holds and waits for."""
+    cdef lock_owner *o
+    cdef held_range *r
+    cdef lock_wait *w
+    cdef uint32_t i
+    out.owners = out.ranges = out.waits = 0
+    pthread_mutex_lock(&_guard)
+    o = <lock_owner *>s.lock_owners
+    while o != NULL:
+        out.owners += 1
+        r = o.ranges.first
+        while r != NULL:
+            out.ranges += 1
+            r = r.next
+        o = o.next_of_session
+    for i in range(BUCKETS if _wait_count > 0 else 0):
+        w = _tagged[i]
+        while w != NULL:
+            out.waits += w.s == s
+            w = w.next_tagged
+    pthread_mutex_unlock(&_guard)
 
 
 # ---- deadlocks ---------------------------------------------------------------------------------------------------
@@ -352,13 +386,44 @@ cdef void file_poll(locked_file *f, bint wanted, bint progress, int64_t now) noe
     pthread_mutex_unlock(&_guard)
 
 
+cdef bint _may_hang_locked(const locked_file *f) noexcept nogil:
+    """Whether a thread that has been replaced is at this file, or at another one of its file system."""
+    cdef int i
+    for i in range(_tried_count):
+        if _tried[i].device == f.device:
+            return True
+    return _tried_count == MOST_TRIED
+
+
 cdef locked_file *file_due(int64_t now, int64_t *next_us) noexcept nogil:
-    """Enter a file that is to be tried now. NULL: none is, and the first will be at `next_us` (0: none at all)."""
+    """A file that is to be tried now, to be given back with file_tried; its turn is still to be taken, which may hang.
+
+    NULL: none is, and the first will be at `next_us` (0: none at all).
+    """
+    global _tried_count
     cdef locked_file *f
     next_us[0] = 0
     pthread_mutex_lock(&_guard)
     f = _polled
-    while f != NULL and f.due_us > now:
-        next_us[0] = f.due_us if next_us[0] == 0 else min(next_us[0], f.due_us)
+    while f != NULL and (f.due_us > now or _may_hang_locked(f)):
+        if f.due_us > now:
+            next_us[0] = f.due_us if next_us[0] == 0 else min(next_us[0], f.due_us)
         f = f.next_polled
-    return _enter_locked(f)
+    if f != NULL:
+        f.references += 1
+        _tried[_tried_count] = f
+        _tried_count += 1
+    pthread_mutex_unlock(&_guard)
+    return f
+
+
+cdef void file_tried(const locked_file *f) noexcept nogil:
+    """A file that was due was tried; it is still to be left."""
+    global _tried_count
+    cdef int i = 0
+    pthread_mutex_lock(&_guard)
+    while _tried[i] != f:
+        i += 1
+    _tried_count -= 1
+    _tried[i] = _tried[_tried_count]
+    pthread_mutex_unlock(&_guard)

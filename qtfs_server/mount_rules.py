@@ -16,7 +16,7 @@ import re
 from qtfs_common import mountinfo
 from qtfs_common.remote_calls import Option, OptionKind
 from qtfs_common.whitelist import Type
-from qtfs_server.policy import deny, granted, leads_to_rule
+from qtfs_server.policy import deny, granted, leads_to_rule, names_device
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +92,11 @@ def check_type(type_: bytes, target: bytes) -> None:
         raise _error(errno.EINVAL)
     if type_ in _PSEUDO:
         check_source(_PSEUDO[type_], target)
+
+
+def keeps_devices(source: bytes) -> bool:
+    """Whether device nodes of what is mounted may be opened there: elsewhere a client may have made them."""
+    return source.startswith(b"/dev/") and names_device(source)
 
 
 def takes_device(type_: bytes) -> bool:

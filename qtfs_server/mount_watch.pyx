@@ -7,13 +7,14 @@ Sources: proc_pid_mountinfo(5), "poll(2)" there.
 from libc.stdint cimport uint8_t, uint64_t
 
 from qtfs_common.protocol cimport MAX_PATH, OP_MOUNTS_CHANGED, ROOT_NODE
-from qtfs_server.attributes cimport stat_fd
+from qtfs_server.attributes cimport stat_known
 from qtfs_server.descriptors cimport fd_path
 from qtfs_server.events cimport event_tell
 from qtfs_server.includes.linux cimport statx_t
 from qtfs_server.letting_go cimport let_idle_go
 from qtfs_server.mounts cimport holding_fd
-from qtfs_server.nodes cimport known_node, node_pin, node_unpin
+from qtfs_server.node_descriptors cimport node_pin, node_unpin
+from qtfs_server.nodes cimport known_node
 from qtfs_server.session cimport node, session, session_after
 
 import logging
@@ -65,7 +66,7 @@ def watch_mounts(stop_fd: int) -> None:
                 time.sleep(min(max(least_s, time.monotonic() - began_s), most_s))
             if left and time.monotonic() >= due_s:
                 with nogil:
-                    left = let_idle_go()
+                    left = let_idle_go()    # by other threads: it may hang
                 due_s = time.monotonic() + _PERIOD_S
 
 
@@ -121,7 +122,7 @@ def _directory_and_name(path: bytes) -> tuple[bytes, bytes] | None:
         fd = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError:
         return None                 # gone with what it was mounted on
-    error = stat_fd(fd, &st)
+    error = stat_known(fd, &st)
     os.close(fd)
     return ((<char *>&st)[:sizeof(st)], name) if error == 0 else None
 

@@ -12,11 +12,12 @@ from libc.stdint cimport int32_t, uint32_t, uint64_t
 from libc.stdlib cimport realloc
 from libc.string cimport memset
 
-from qtfs_server.attributes cimport mount_id_of, stat_fd
+from qtfs_common.includes.polling cimport EFD_CLOEXEC, EFD_NONBLOCK, eventfd, eventfd_write
+from qtfs_server.attributes cimport mount_id_of, stat_known
 from qtfs_server.descriptors cimport close_counted, descriptor_opened, proc_path
-from qtfs_server.includes.linux cimport AT_FDCWD, EFD_CLOEXEC, EFD_NONBLOCK, O_CLOEXEC, O_DIRECTORY, O_NOFOLLOW, \
-    O_PATH, O_RDONLY, RESOLVE_NO_SYMLINKS, SYS_openat2, atomic_load_int, atomic_store_int, close, eventfd, \
-    eventfd_write, open_how, openat, pthread_mutex_lock, pthread_mutex_unlock, statx_t, syscall
+from qtfs_server.includes.linux cimport AT_FDCWD, O_CLOEXEC, O_DIRECTORY, O_NOFOLLOW, O_PATH, O_RDONLY, \
+    RESOLVE_NO_SYMLINKS, SYS_openat2, atomic_load_int, atomic_store_int, close, open_how, openat, pthread_mutex_lock, \
+    pthread_mutex_unlock, statx_t, syscall
 from qtfs_server.session cimport RECORD_LISTED, device, record, record_at, session
 
 import logging
@@ -101,7 +102,7 @@ cdef int borrow_mount(session *s, uint32_t on_device) noexcept nogil:
     pthread_mutex_unlock(&s.guard)
     if known >= 0:
         return known
-    fd = _open_mount(mount_id, listed_id)
+    fd = open_mount(mount_id, listed_id)
     if fd < 0:
         return -1
     pthread_mutex_lock(&s.guard)
@@ -133,33 +134,46 @@ cdef void return_mount(session *s, uint32_t on_device, bint keep) noexcept nogil
     pthread_mutex_unlock(&s.guard)
 
 
-cdef bint close_idle_mounts(session *s) noexcept nogil:
-    """Close descriptors on mounts that were not used since the last call. Whether some are still open."""
-    cdef uint32_t i
+cdef int _take_idle_locked(session *s, uint32_t *at) noexcept nogil:
+    """The next descriptor on a mount that was not used since the last look, which is the caller's now; -1: no more."""
     cdef device *d
-    cdef bint left = False
-    pthread_mutex_lock(&s.guard)
-    for i in range(s.device_count):
-        d = &s.devices[i]
-        if d.mount_fd < 0 or not is_let_go(s, i):
+    cdef int fd
+    while at[0] < s.device_count:
+        d = &s.devices[at[0]]
+        at[0] += 1
+        if d.mount_fd < 0 or not is_let_go(s, at[0] - 1):
             continue
         if d.mount_users > 0 or (d.warm and not d.gone):
             d.warm = False
-            left = True
-        else:
-            close_counted(d.mount_fd)
-            d.mount_fd = -1
-    pthread_mutex_unlock(&s.guard)
-    return left
+            continue
+        fd = d.mount_fd
+        d.mount_fd = -1
+        return fd
+    return -1
 
 
-cdef int _open_mount(uint64_t mount_id, uint32_t listed_id) noexcept nogil:
+cdef void close_idle_mounts(session *s) noexcept nogil:
+    """Close descriptors on mounts that were not used since the last call. After a lazy umount that may unmount, and hang."""
+    cdef uint32_t at = 0
+    cdef int fd = 0
+    while fd >= 0:
+        pthread_mutex_lock(&s.guard)
+        fd = _take_idle_locked(s, &at)
+        pthread_mutex_unlock(&s.guard)
+        close_counted(fd)
+
+
+cdef int open_mount(uint64_t mount_id, uint32_t listed_id) noexcept nogil:
     """Open the root directory of a mount by its path in the mount table. A descriptor or -1."""
     with gil:
-        return _reach(mount_id, listed_id)
+        try:
+            return _reach(mount_id, listed_id)
+        except Exception as error:  # out of descriptors or memory: what leaves here as one would count as descriptor 0
+            log.debug("a mount cannot be reached: %s", error)
+            return -1
 
 
-cdef int _reach(uint64_t mount_id, uint32_t listed_id) noexcept:
+cdef int _reach(uint64_t mount_id, uint32_t listed_id) except -2:
     """The same with the table as it was last read, and if that does not lead there, with that of now."""
     cdef int fd
     for table in (_table.known, _table.read):
@@ -184,7 +198,7 @@ cdef int _open_if(bytes path, uint64_t mount_id) noexcept:
     with nogil:
         fd = <int>syscall(SYS_openat2, AT_FDCWD, text, &how, sizeof(how))
         if fd >= 0:
-            if stat_fd(fd, &st) == 0 and mount_id_of(&st) == mount_id:
+            if stat_known(fd, &st) == 0 and mount_id_of(&st) == mount_id:
                 proc_path(link, fd)
                 opened = openat(AT_FDCWD, link, O_RDONLY | O_DIRECTORY | O_CLOEXEC)
             close(fd)

@@ -7,23 +7,23 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 
 from qtfs_common.protocol cimport NODE_ALIAS, ROOT_NODE
-from qtfs_server.session cimport GENERATION_SHIFT, GENERATIONS, MAX_NODES, NO_INDEX, RECORD_AWAKE, RECORD_IN_USE, \
-    RECORD_LISTED, grown_chunks, node, record, record_at, session
+from qtfs_server.includes.linux cimport written
+from qtfs_server.session cimport GENERATION_SHIFT, GENERATIONS, NO_INDEX, RECORD_AWAKE, RECORD_IN_USE, RECORD_LISTED, \
+    node, record, record_at, session
+from qtfs_server.shares cimport max_nodes
+from qtfs_server.state_file cimport RECORDS, grow
 
 
 cdef uint32_t _unused_locked(session *s) noexcept nogil:
     """An index for another record, or NO_INDEX."""
     cdef uint32_t index = s.record_free
-    cdef record **chunks
+    if s.nodes_used >= max_nodes:
+        return NO_INDEX
     if index != NO_INDEX:
         s.record_free = record_at(s, index).next
         return index
-    if s.record_count >= MAX_NODES:
+    if grow(s.state_fd, s.state, RECORDS, s.record_count) < 0:
         return NO_INDEX
-    chunks = <record **>grown_chunks(<void **>s.record_chunks, s.record_count, sizeof(record))
-    if chunks == NULL:
-        return NO_INDEX
-    s.record_chunks = chunks
     index = s.record_count
     s.record_count += 1
     record_at(s, index).stamp = (s.salt & GENERATIONS) << GENERATION_SHIFT
@@ -90,13 +90,19 @@ cdef uint32_t record_new_locked(session *s, node *n) noexcept nogil:
     r = record_at(s, index)
     r.ino = n.ino
     r.body.awake = n
-    r.stamp |= RECORD_IN_USE | RECORD_AWAKE
     n.index = index
+    written()                       # a record in use is whole, also for the next engine
+    r.stamp |= RECORD_IN_USE | RECORD_AWAKE
+    record_link_locked(s, index)
+    return index
+
+
+cdef void record_link_locked(session *s, uint32_t index) noexcept nogil:
+    """Have a record that is in use found, and counted."""
     s.nodes_used += 1
-    s.devices[n.device].nodes += 1
+    s.devices[_device_locked(s, record_at(s, index))].nodes += 1
     _link_locked(s, index)
     _rehash_locked(s)
-    return index
 
 
 cdef void record_free_locked(session *s, uint32_t index) noexcept nogil:

@@ -8,3 +8,5 @@ cdef int wait_to_open(request *r, node *n, uint32_t flags) noexcept nogil
 cdef bint cancel_opening(session *s, uint64_t tag) noexcept nogil
 cdef void abandon_openings(session *s) noexcept nogil
 cdef bint press_cancelled() noexcept nogil
+cdef bint suspend_openings() noexcept nogil
+cdef void go_on_opening() noexcept nogil

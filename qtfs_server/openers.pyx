@@ -22,11 +22,13 @@ from qtfs_server.events cimport event_answered, event_bell, event_reply
 from qtfs_server.handles cimport handle_new_stream
 from qtfs_server.identity cimport act_as, act_as_root, identity, identity_init
 from qtfs_server.includes.linux cimport AT_FDCWD, F_SETFL, O_CLOEXEC, O_NOCTTY, O_NONBLOCK, close, fcntl, \
-    openat, pthread_cond_init, pthread_cond_signal, pthread_cond_t, pthread_cond_timedwait, pthread_mutex_init, \
+    openat, pthread_cond_broadcast, pthread_cond_init, pthread_cond_signal, pthread_cond_t, pthread_cond_timedwait, pthread_mutex_init, \
     pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, timespec
-from qtfs_server.nodes cimport node_hold, node_unpin
+from qtfs_server.includes.threads cimport pthread_t, start_thread
+from qtfs_server.node_descriptors cimport node_hold, node_unpin
 from qtfs_server.request cimport DEFERRED, request
 from qtfs_server.session cimport node, session, session_hold, session_unref
+from qtfs_server.shares cimport SHARE_OPENINGS, share_give, share_take
 
 cdef extern from "<time.h>" nogil:
     int real_clock "clock_gettime"(int, timespec *)
@@ -38,7 +40,7 @@ cdef extern from *:
     #include <string.h>
     #include <sys/eventfd.h>
 
-    enum { QTFS_WAKE_SIGNAL = SIGUSR2, QTFS_OPENER_STACK = 128 * 1024 };
+    enum { QTFS_WAKE_SIGNAL = SIGUSR2 };
 
     static void qtfs_do_nothing(int number) { (void)number; }
 
@@ -50,30 +52,15 @@ cdef extern from *:
         action.sa_handler = qtfs_do_nothing;
         return sigaction(QTFS_WAKE_SIGNAL, &action, NULL);
     }
-
-    static int qtfs_start_thread(void *(*run)(void *), pthread_t *thread)
-    {
-        pthread_attr_t attributes;
-        int error;
-        pthread_attr_init(&attributes);
-        pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
-        pthread_attr_setstacksize(&attributes, QTFS_OPENER_STACK);
-        error = pthread_create(thread, &attributes, run, NULL);
-        pthread_attr_destroy(&attributes);
-        return error;
-    }
     """
     enum:
         QTFS_WAKE_SIGNAL
-    ctypedef unsigned long pthread_t
     pthread_t pthread_self() nogil
     int pthread_kill(pthread_t, int) nogil
     int eventfd_write(int, uint64_t) nogil
     int catch_wake_signal "qtfs_catch_wake_signal"() nogil
-    int start_thread "qtfs_start_thread"(void *(*)(void *) noexcept nogil, pthread_t *) nogil
 
 cdef enum:
-    MAX_OPENINGS = 16384                # that wait, of all sessions
     IDLE_S = 5                          # until a thread that nobody needs ends
 
 cdef struct opening:                    # one OPEN that waits; the supplementary groups follow
@@ -85,6 +72,7 @@ cdef struct opening:                    # one OPEN that waits; the supplementary
     caller who
     bint cancelled
     bint abandoned                      # nobody wants to know
+    bint suspended                      # cancelled, to be begun again
     pthread_t thread                    # once it is among the running ones
 
 cdef pthread_mutex_t _guard
@@ -95,6 +83,7 @@ cdef int _count = 0                     # of both
 cdef int _queue_length = 0
 cdef int _free_threads = 0              # that wait for work or are starting: at least as many as are queued
 cdef int _cancelled = 0                 # of the running ones
+cdef bint _suspended = False            # none begins
 pthread_mutex_init(&_guard, NULL)
 pthread_cond_init(&_work, NULL)
 catch_wake_signal()
@@ -110,11 +99,11 @@ cdef opening *_next_locked() noexcept nogil:
     cdef int waited = 0
     real_clock(CLOCK_REALTIME, &until)
     until.tv_sec += IDLE_S
-    while _queued == NULL and waited == 0:
+    while (_queued == NULL or _suspended) and waited == 0:
         waited = pthread_cond_timedwait(&_work, &_guard, &until)
     _free_threads -= 1
     job = _queued
-    if job == NULL:
+    if job == NULL or _suspended:
         return NULL
     _queued = job.next
     _queue_length -= 1
@@ -132,6 +121,7 @@ cdef void _unlink_locked(opening **at, opening *job) noexcept nogil:
 
 cdef void _free(opening *job) noexcept nogil:
     node_unpin(job.s, job.n)
+    share_give(job.s, SHARE_OPENINGS, 1)
     session_unref(job.s)
     free(job)
 
@@ -157,6 +147,18 @@ cdef int _grant(opening *job, int fd, open_reply *out) noexcept nogil:
     return handle_new_stream(job.s, job.n, fd, job.flags, out)
 
 
+cdef void _put_back_locked(opening *job) noexcept nogil:
+    """Queue a job again that was only suspended."""
+    global _queued, _queue_length, _free_threads, _cancelled
+    _unlink_locked(&_running, job)
+    job.cancelled = job.suspended = False
+    job.next = _queued
+    _queued = job
+    _queue_length += 1
+    _free_threads += 1
+    _cancelled -= 1
+
+
 cdef void _run(opening *job, identity *me) noexcept nogil:
     """Open, and answer. Whoever merely tried to cancel gets what came of it."""
     global _count, _cancelled, _free_threads
@@ -165,6 +167,10 @@ cdef void _run(opening *job, identity *me) noexcept nogil:
     if error >= 0:
         error = _grant(job, error, &out)
     pthread_mutex_lock(&_guard)
+    if error == -EINTR and job.suspended and not job.abandoned:
+        _put_back_locked(job)
+        pthread_mutex_unlock(&_guard)
+        return
     # In one step: the same request, should it come again, finds itself either among the running ones or answered.
     _unlink_locked(&_running, job)
     event_reply(job.s, OP_OPEN, job.tag, error, &out, sizeof(out))
@@ -205,13 +211,14 @@ cdef int _admit_locked(opening *job) noexcept nogil:
         return -EALREADY
     if job.s.ended:
         return -ESTALE
-    return 0 if _count < MAX_OPENINGS else -ENFILE
+    return 0
 
 
 cdef opening *_new_opening(request *r, node *n, uint32_t flags) noexcept nogil:
     cdef size_t groups = groups_bytes(r.who.ngroups)
     cdef opening *job = <opening *>malloc(sizeof(opening) + groups)
     if job == NULL:
+        share_give(r.s, SHARE_OPENINGS, 1)
         return NULL
     memcpy(job + 1, r.groups, groups)
     job.s = r.s
@@ -219,7 +226,7 @@ cdef opening *_new_opening(request *r, node *n, uint32_t flags) noexcept nogil:
     job.tag = r.head.tag
     job.flags = flags
     job.who = r.who
-    job.cancelled = job.abandoned = False
+    job.cancelled = job.abandoned = job.suspended = False
     return job
 
 
@@ -245,10 +252,10 @@ cdef int wait_to_open(request *r, node *n, uint32_t flags) noexcept nogil:
     cdef int error = node_hold(r.s, n)
     if error < 0:
         return error
-    job = _new_opening(r, n, flags)
+    job = _new_opening(r, n, flags) if share_take(r.s, SHARE_OPENINGS, 1) else NULL
     if job == NULL:
         node_unpin(r.s, n)
-        return -ENOMEM
+        return -ENFILE
     session_hold(r.s)                   # the request has one of its own
     pthread_mutex_lock(&_guard)
     error = _admit_locked(job)
@@ -330,3 +337,36 @@ cdef bint press_cancelled() noexcept nogil:
     any_left = _cancelled > 0
     pthread_mutex_unlock(&_guard)
     return any_left
+
+
+# ---- handing over ------------------------------------------------------------------------------------------------------
+
+cdef bint suspend_openings() noexcept nogil:
+    """Begin no open any more, and end those that wait, without an answer; whether some still do: to be called again."""
+    global _suspended
+    cdef opening *job
+    cdef bint any_left
+    pthread_mutex_lock(&_guard)
+    _suspended = True
+    job = _running
+    while job != NULL:
+        if not job.cancelled:
+            job.suspended = True
+            _cancel_locked(job)
+        job = job.next
+    any_left = _running != NULL
+    pthread_mutex_unlock(&_guard)
+    press_cancelled()
+    return any_left
+
+
+cdef void go_on_opening() noexcept nogil:
+    """Undo it: those that were suspended are begun again."""
+    global _suspended, _free_threads
+    cdef pthread_t thread = 0
+    pthread_mutex_lock(&_guard)
+    _suspended = False
+    while _free_threads < _queue_length and start_thread(_opener, &thread) == 0:
+        _free_threads += 1
+    pthread_cond_broadcast(&_work)
+    pthread_mutex_unlock(&_guard)

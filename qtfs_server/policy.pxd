@@ -31,6 +31,7 @@ cdef struct place:                  # what the rules say of one path
     uint16_t taken                  # ALLOW_* bits that protections take away
 
 cdef place path_place(const char *path, const place *known) noexcept nogil
+cdef place far_below_place(const char *path, const place *known) noexcept nogil
 cdef place child_place(const place *parent, const uint8_t *name, size_t length) noexcept nogil
 cdef void enter_file_system(place *where, uint16_t shield) noexcept nogil
 cdef uint16_t shield_of(int64_t f_type, int fd) noexcept nogil

@@ -15,7 +15,7 @@ from libc.string cimport strchr, strlen
 
 from qtfs_common.protocol cimport MAX_PATH
 from qtfs_common.tries cimport trie, trie_child, trie_new
-from qtfs_server.descriptors cimport fd_path
+from qtfs_server.descriptors cimport fd_path, is_at
 from qtfs_server.includes.linux cimport atomic_add_int, atomic_add_u64, atomic_load_int, atomic_load_pointer, \
     atomic_store_pointer, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock
 
@@ -82,9 +82,12 @@ cdef void rules_moved() noexcept nogil:
 
 
 cdef rules *_rules_in(uint32_t epoch) noexcept nogil:
-    """The rules that were in force in an epoch: what a place holds are indexes into these and no others."""
+    """The rules that were in force in an epoch: what a place holds are indexes into these and no others.
+
+    A place from before our time has none: OFF_TRIE.
+    """
     cdef rules *r = <rules *>atomic_load_pointer(<void **>&_rules)
-    while <int32_t>(epoch - <uint32_t>r.first_epoch) < 0:
+    while <int32_t>(epoch - <uint32_t>r.first_epoch) < 0 and r.previous != NULL:
         r = r.previous
     return r
 
@@ -192,6 +195,19 @@ cdef place path_place(const char *path, const place *known) noexcept nogil:
     return result
 
 
+cdef place far_below_place(const char *path, const place *known) noexcept nogil:
+    """The place of a directory so far below `path` that no rule reaches it. `known`: its place before a reload."""
+    cdef place result = path_place(path, NULL)
+    if result.trie != OFF_TRIE:
+        result.allowed = _rules_in(result.epoch).vertices[result.trie].inherited
+        result.trie = OFF_TRIE
+    result.shield = known.shield
+    result.depth = known.depth
+    result.taken = known.taken
+    result.allowed &= ~result.taken
+    return result
+
+
 cdef bint may_hide_names(const place *where) noexcept nogil:
     """Whether names in a directory may be hidden."""
     return where.trie != OFF_TRIE or where.shield != OFF_TRIE
@@ -250,14 +266,15 @@ cdef int device_refusal(int fd) noexcept nogil:
     cdef bint named = False
     if fd_path(fd, path, sizeof(path)) > 0:
         with gil:
-            named = _names_device(<bytes><char *>path)
-    if named:
+            named = names_device(<bytes><char *>path)
+    if named and is_at(fd, path):
         return 0
     count_denial(ALLOW_OPEN)
     return -EACCES
 
 
-def _names_device(path: bytes) -> bool:
+def names_device(path: bytes) -> bool:
+    """Whether a line of [Open] names a device by its real path, or the devices below a directory."""
     for line in _open_lines:
         if path == line or (line + b"/").startswith(b"/dev/") and path.startswith(line + b"/"):
             return True

@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from qtfs_common import mountinfo, remote_calls
 from qtfs_common.protocol import LIMITS
@@ -46,6 +46,7 @@ from qtfs_server.mount_calls import (
     umount,
     unique_mount_id,
 )
+from qtfs_server.mount_records import Made, MountRecords
 from qtfs_server.mount_rules import path_of
 from qtfs_server.mounts import read_table, unique_ids
 
@@ -61,6 +62,7 @@ _MS_BIND = 4096
 _MS_REC = 1 << 14
 _PROPAGATIONS = frozenset(1 << bit for bit in (17, 18, 19, 20))
 _ATTR_RDONLY = 1
+_ATTR_NODEV = 4
 _ATTR_ATIME = 0x70
 #: Attribute and its MS_ flag, for kernels without mount_setattr(2).
 _ATTR_FLAGS = {1: 1, 2: 2, 4: 4, 8: 8, 0x10: 1 << 10, 0x20: 1 << 24, 0x80: 1 << 11, 0x200000: 1 << 8}
@@ -77,14 +79,6 @@ _PRUNED_AT = 256
 #: A file that a client has just closed is still being closed when it asks for the unmount.
 _UMOUNT_ATTEMPTS = 6
 _UMOUNT_DELAY_S = 0.02
-
-
-class _Made(NamedTuple):
-    """A mount that a session made. `unique` is never given out again; 0 before Linux 6.8."""
-
-    id: int
-    unique: int
-    lazy_cleanup: bool
 
 
 def _error(number: int) -> OSError:
@@ -156,6 +150,8 @@ class _Site:
 def _check_call(call: MountCall) -> None:
     if (call.attributes_set | call.attributes_clear) & ~_ATTRIBUTES:
         raise _error(errno.EINVAL)
+    if call.attributes_clear & _ATTR_NODEV:
+        raise _error(errno.EPERM)
     if call.propagation and call.propagation & ~_MS_REC not in _PROPAGATIONS:
         raise _error(errno.EINVAL)
     if call.action in (Action.NEW, Action.BIND, Action.MOVE) and not call.target:
@@ -218,23 +214,37 @@ def _new(site: _Site) -> int:
         fsconfig(context, SET_STRING, b"source", source)
     _set_options(site, context, call.options)
     fsconfig(context, CMD_CREATE, None, None)
-    mounted = site.keep(fsmount(context, call.attributes_set))
+    # Only in devpts can nobody make device nodes.
+    mounted = site.keep(fsmount(context, call.attributes_set | (0 if call.type == b"devpts" else _ATTR_NODEV)))
     move_mount(mounted, site.target)
     return mounted
 
 
 def _bind(site: _Site) -> int:
     call = site.call
-    source, _ = site.open_source(bool(call.flags & MountFlag.SOURCE_BELOW), call.source)
-    mounted = site.keep(open_tree(source, bool(call.flags & MountFlag.RECURSIVE)))
-    move_mount(mounted, site.target)
-    if call.attributes_set or call.attributes_clear:
+    source, real = site.open_source(bool(call.flags & MountFlag.SOURCE_BELOW), call.source)
+    if not mount_rules.keeps_devices(real):
+        call = call._replace(attributes_set=call.attributes_set | _ATTR_NODEV)
+    recursive = bool(call.flags & MountFlag.RECURSIVE)
+    mounted = site.keep(open_tree(source, recursive))
+    try:
+        # Before it can be seen: a device of it could be opened meanwhile.
+        mount_setattr(mounted, recursive, call.attributes_set, call.attributes_clear)
+    except OSError as error:
+        if error.errno != errno.ENOSYS:
+            raise
+        move_mount(mounted, site.target)  # Linux 5.11 and before
         _undo_on_failure(mounted, lambda: _set_attributes(mounted, call))
+    else:
+        move_mount(mounted, site.target)
     return mounted
 
 
 def _move(site: _Site) -> int:
-    source, _ = site.open_source(bool(site.call.flags & MountFlag.SOURCE_BELOW), site.call.source)
+    source, real = site.open_source(bool(site.call.flags & MountFlag.SOURCE_BELOW), site.call.source)
+    if not mount_rules.keeps_devices(real):
+        whole = MountFlag.RECURSIVE
+        _set_attributes(source, site.call._replace(flags=whole, attributes_set=_ATTR_NODEV, attributes_clear=0))
     move_mount(source, site.target)
     return source
 
@@ -329,7 +339,8 @@ class RemoteMounts:
 
     def __init__(self) -> None:
         self._guard = threading.Lock()
-        self._made: dict[int, list[_Made]] = {}
+        self._made: dict[int, list[Made]] = {}
+        self._records: MountRecords | None = None
 
     def mount(self, errand: Errand) -> bytes:
         """SYSMOUNT."""
@@ -391,6 +402,8 @@ class RemoteMounts:
         for mount in reversed(made):
             if mount.lazy_cleanup:
                 _detach_again(mount)
+        with self._guard:
+            self._save(session)
 
     def clean_up_all(self) -> None:
         """The same for all sessions, as the engine ends."""
@@ -399,19 +412,49 @@ class RemoteMounts:
         for session in sessions:
             self.clean_up(session)
 
+    def belongings(self) -> dict[str, list[tuple[int, int, bool]]]:
+        """What all sessions have mounted, for the next engine."""
+        with self._guard:
+            return {str(s): [(m.id, m.unique, m.lazy_cleanup) for m in made] for s, made in self._made.items()}
+
+    def go_on(self, belongings: dict[str, list[tuple[int, int, bool]]]) -> None:
+        """The opposite."""
+        with self._guard:
+            self._made = {int(session): [Made(*mount) for mount in made] for session, made in belongings.items()}
+
+    def keep_in(self, records: MountRecords, ours: set[str]) -> list[int]:
+        """Write down from now on what sessions mount, and go on with what is written down of `ours`, by name.
+
+        Returns the sessions that have ended without their mounts.
+        """
+        with self._guard:
+            self._records = records
+            for session in self._made:
+                self._save(session)
+            left = records.load(ours)
+            self._made = left | self._made
+        return [session for session in left if f"{session:016x}" not in ours]
+
+    def _save(self, session: int) -> None:
+        if self._records is not None:
+            self._records.save(session, self._made.get(session, ()))
+
     def _remember(self, errand: Errand, mounted: int, lazy_cleanup: bool) -> None:
-        fresh = _Made(mount_id(mounted), unique_mount_id(mounted), lazy_cleanup)
+        fresh = Made(mount_id(mounted), unique_mount_id(mounted), lazy_cleanup)
         with self._guard:
             made = self._made.setdefault(errand.session, [])
             made.append(fresh)
             if len(made) % _PRUNED_AT == 0:
                 there = mountinfo.read()
                 made[:] = [mount for mount in made if mount.id in there]
+            self._save(errand.session)
 
     def _forget(self, mounted: int) -> None:
         with self._guard:
-            for made in self._made.values():
-                made[:] = [mount for mount in made if mount.id != mounted]
+            for session, made in self._made.items():
+                if any(mount.id == mounted for mount in made):
+                    made[:] = [mount for mount in made if mount.id != mounted]
+                    self._save(session)
 
 
 def _check_caller(errand: Errand) -> None:
@@ -422,7 +465,7 @@ def _check_caller(errand: Errand) -> None:
         raise _error(errno.EROFS)
 
 
-def _detach_again(made: _Made) -> None:
+def _detach_again(made: Made) -> None:
     """Unmount what a session made, wherever it is by now, unless it is gone."""
     mount = mountinfo.read().get(made.id)
     if mount is None:

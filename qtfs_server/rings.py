@@ -14,7 +14,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from qtfs_common.addresses import ShmAddress, UnixAddress, listen_socket
@@ -46,39 +46,45 @@ _FOREIGN_PATIENCE_S = 1.0
 class RingListener:
     """One `shm://` or `pcie://` address that the engine serves."""
 
-    def __init__(self, address: RingAddress, layout: Layout, run_dir: Path) -> None:
-        """Take the memory and lay it out. Raises ListenError."""
+    def __init__(
+        self, address: RingAddress, layout: Layout, run_dir: Path, taken: Mapping[str, int] | None = None
+    ) -> None:
+        """Take the memory and lay it out. Raises ListenError.
+
+        `taken`: descriptors of the engine before us (`descriptors`), which are ours from now on.
+        """
         self.address = address
         self._layout = layout
         # Beside the file, where clients look for it; nobody but our own link comes for a BAR.
         name = f"bell@{str(address).replace('/', '_')}"
         self._bell_path = bell_path(address) if isinstance(address, ShmAddress) else str(run_dir / name)
         self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
         self._areas: tuple[int, int] | None = None
-        self._take()
+        self._take(taken)
 
     # ---- the memory ----
 
-    def _take(self) -> None:
+    def _take(self, taken: Mapping[str, int] | None = None) -> None:
         try:
-            self._fd = open_memory(self.address, create=True)
+            self._fd = taken["memory"] if taken else open_memory(self.address, create=True)
         except OSError as error:
             raise ListenError(f"cannot listen on {self.address}: {error.strerror}", error.errno or 0) from error
         try:
-            self._bell = self._prepare()
+            self._bell = self._prepare(socket.socket(fileno=taken["bell"]) if taken else None)
         except BaseException:
             self._release()
             raise
 
-    def _prepare(self) -> socket.socket:
-        """Lock the file, map it, lay it out; the bell socket."""
+    def _prepare(self, bell: socket.socket | None) -> socket.socket:
+        """Lock the file, map it, lay it out; the bell socket, unless there is one."""
         try:
             if not lock_byte(self._fd, ENGINE_LOCK_AT):
                 raise self._in_use()
             geometry = self._geometry()
             self.memory = RingMemory(self._fd)
             self._see_others()
-            bell = listen_socket(UnixAddress(self._bell_path))
+            bell = bell or listen_socket(UnixAddress(self._bell_path))
             try:
                 bell.setblocking(False)
                 self._lay_out(geometry)
@@ -103,13 +109,20 @@ class RingListener:
     def _geometry(self) -> Geometry:
         """What fits; a file that is empty gets the size that is needed."""
         size = os.fstat(self._fd).st_size
-        if size == 0 and isinstance(self.address, ShmAddress):
-            geometry = self._fit(None)
-            os.ftruncate(self._fd, geometry.total_bytes)
-        else:
-            geometry = self._fit(size)
+        is_file = isinstance(self.address, ShmAddress)
+        geometry = self._fit(None if is_file and size == 0 else size)
+        if is_file:
+            self._allocate(geometry.total_bytes, size)
         self._areas = (geometry.request_bytes, geometry.reply_bytes)
         return geometry
+
+    def _allocate(self, wanted: int, size: int) -> None:
+        """See that no page is missing of what will be used: a tmpfs that is full answers a first touch with SIGBUS."""
+        try:
+            os.posix_fallocate(self._fd, 0, wanted)
+        except OSError as error:
+            os.ftruncate(self._fd, size)
+            raise OSError(error.errno, f"its {wanted} bytes cannot be had: {os.strerror(error.errno or 0)}") from error
 
     def _fit(self, size: int | None) -> Geometry:
         """Areas as they were, if that can be: clients' kernels have been told how much fits into one message."""
@@ -138,15 +151,29 @@ class RingListener:
     def serving(self, server: Server, needs_authentication: bool) -> Iterator[None]:
         """Let clients come, also after the memory was taken away and is there again."""
         server.listen(self._bell.fileno(), needs_authentication, self.memory)
-        arguments = (server, needs_authentication)
-        thread = threading.Thread(target=self._look_after, args=arguments, name="rings", daemon=True)
-        thread.start()
+        self._serving = (server, needs_authentication)
+        self.go_on()
         try:
             yield
         finally:
-            self._stopping.set()
-            thread.join()
+            self.pause()
             self.memory.leave()
+
+    def go_on(self) -> None:
+        """Begin to look after the memory, once it is served, or again."""
+        self._stopping.clear()
+        self._thread = threading.Thread(target=self._look_after, args=self._serving, name="rings", daemon=True)
+        self._thread.start()
+
+    def pause(self) -> None:
+        """Stop looking after it: who is connected stays."""
+        self._stopping.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def descriptors(self) -> dict[str, int]:
+        """Of the bell socket and of the memory, whose lock lies in that one; -1: it was taken away."""
+        return {"bell": self._bell.fileno(), "memory": self._fd}
 
     def close(self) -> None:
         """Give the bell socket and the lock back; the file stays, as a BAR would."""

@@ -1,389 +1,68 @@
-"""Connections and the worker threads that serve them.
+"""Sessions as their clients begin, join and end them; errands; figures.
 
-All workers wait on one epoll. A connection is armed EPOLLONESHOT, so the worker that wakes for it owns it: it reads,
-executes and answers, looks a little longer for the next request (waking an idle core costs more than a whole request),
-and arms it again. Only session messages (HELLO, MOUNT, …) touch Python, and errands: rare requests that may take long.
-
-Lock order: _connections_guard, session.guard, session.outbox_guard.
-Who owns what: a connection belongs to the worker that holds its one-shot event; others may only shutdown(2) it, under
-session.guard (attached ones) or _connections_guard, which its owner takes before it frees it. An errand owns the
-connection that it came by until it has answered; the dicts of errands belong to whoever holds the GIL.
+Lock order: connections_guard, session.guard, session.outbox_guard.
+Who owns what: a connection belongs to the worker that holds its one-shot event. An errand owns the connection that it
+came by until it has answered; the dicts of errands belong to whoever holds the GIL.
 """
-from libc.errno cimport EACCES, EAGAIN, EINVAL, EMFILE, ENFILE, EPERM, EPROTO, EPROTONOSUPPORT, ESTALE, errno
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free, malloc
+from libc.errno cimport EACCES, EAGAIN, EINVAL, ENOMEM, EPERM, EPROTO, EPROTONOSUPPORT, ESTALE, errno
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
+from qtfs_common.includes.polling cimport EFD_CLOEXEC, EPOLLIN, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_MOD, \
+    epoll_create1, epoll_ctl, epoll_event, eventfd
 from qtfs_common.protocol cimport *
-from qtfs_common.rings.channel cimport greeter_init, works_in
-from qtfs_common.rings.memory cimport RingMemory
-from qtfs_common.spinning cimport SPIN_CAP_US, move_away, spin_begin, spin_shares, spin_turn
-from qtfs_common.transport cimport WAIT_READABLE, WAIT_WRITABLE, channel, commit_from_pipe, lend_buffers, message, now_us, park, socket_channel_init
-from qtfs_server.connection cimport STATE_EVENT, STATE_GREETED, STATE_NEW, STATE_SLOT, STATE_TRUSTED, connection
-from qtfs_server.dispatch cimport SLOT_BUSY, abandon_in_slot, execute_in_slot, is_errand, settle_in_slot
-from qtfs_server.event_channel cimport abandon_all, answer_wait, let_all_go, open_events, serve_event
-from qtfs_server.identity cimport identity_init
+from qtfs_common.transport cimport WAIT_WRITABLE, channel, message, now_us, tell_begun
+from qtfs_server.connection cimport STATE_EVENT, STATE_GREETED, STATE_NEW, STATE_SLOT, STATE_TRUSTED, bytes_copied, \
+    connection, connection_count
+from qtfs_server.connection cimport connections as _connections, connections_guard as _connections_guard
+from qtfs_server.chores cimport chores_done
+from qtfs_server.dispatch cimport abandon_in_slot, settle_in_slot
+from qtfs_server.event_channel cimport abandon_all, abandon_later, answer_wait, let_all_go, open_events
+from qtfs_server.figures cimport session_figures
 from qtfs_server.includes.linux cimport AT_FDCWD, O_CLOEXEC, O_DIRECTORY, O_PATH, RESOLVE_NO_MAGICLINKS, SYS_openat2, \
-    atomic_add_int, atomic_load_int, close, open_how, pthread_mutex_init, pthread_mutex_lock, \
-    pthread_mutex_t, pthread_mutex_unlock, syscall
-from qtfs_server.operations.locks cimport queue_for_locks, set_answer, stop_waiting_for_locks, wait_for_locks
+    atomic_add_int, open_how, pthread_mutex_lock, pthread_mutex_unlock, read, syscall, write
+from qtfs_server.openers cimport go_on_opening, suspend_openings
+from qtfs_server.operations.locks cimport go_on_waiting_for_locks, lock_polling, queue_for_locks, set_answer, \
+    stop_waiting_for_locks, wait_for_locks
 from qtfs_server.policy cimport ALLOW_MOUNT, path_place, place, count_denial
-from qtfs_server.request cimport HANDED_OVER, SCRATCH_BYTES
-from qtfs_server.nodes cimport node_pin, node_unpin, root_enter
-from qtfs_server.session cimport node, session, session_new, session_unref, set_farewell
-from qtfs_server.splicing cimport pipe_drop, pipe_make
-from qtfs_server.streams cimport stop_watching_streams, watch_streams
-from qtfs_server.worker cimport BUFFER_BYTES, worker
+from qtfs_server.request cimport HANDED_OVER
+from qtfs_server.node_descriptors cimport node_pin, node_unpin
+from qtfs_server.nodes cimport root_enter as _root_enter
+from qtfs_server.passing cimport PASSED_MEMORY, PASSED_STATE, Passed, adopt_lock_owners, descriptors_of, memory_of, \
+    restore_memory
+from qtfs_server.recovery cimport lock_all_again, recover, wake_pollers
+from qtfs_server.service cimport SOURCE_STOP, all_workers, arm, spinning_at_most as _spinning_at_most
+from qtfs_server.session cimport HANDLE_STORED, handle_at, node, session, session_new, session_unref, set_farewell
+from qtfs_server.state_file cimport state_free, state_header, state_open, state_remove, state_take
+from qtfs_server.streams cimport go_on_watching_streams, stop_watching_streams, watch_streams
+from qtfs_server.unnamed cimport store_all
+from qtfs_server.worker cimport worker
 from qtfs_server cimport descriptors as descriptors_module
+from qtfs_server cimport handles as handles_module
 
 import hmac
 import logging
 import os
 import secrets
-import socket
 import struct
+from collections.abc import Iterator
 
 from qtfs_common import auth
-from qtfs_common.addresses import tune_socket
 from qtfs_common.protocol import OPERATION_NAMES
 from qtfs_server.mount_watch import watch_mounts
-
-cdef extern from "<sys/epoll.h>" nogil:
-    enum:
-        EPOLLIN
-        EPOLLOUT
-        EPOLLRDHUP
-        EPOLLONESHOT
-        EPOLLEXCLUSIVE
-        EPOLL_CTL_ADD
-        EPOLL_CTL_MOD
-        EPOLL_CTL_DEL
-        EPOLL_CLOEXEC
-    ctypedef union epoll_data_t:
-        void *ptr
-    struct epoll_event:
-        uint32_t events
-        epoll_data_t data
-    int epoll_create1(int)
-    int epoll_ctl(int, int, int, epoll_event *)
-    int epoll_wait(int, epoll_event *, int, int)
-
-cdef extern from "<sys/eventfd.h>" nogil:
-    enum:
-        EFD_CLOEXEC
-    int eventfd(unsigned int, int)
+from qtfs_server.state_file import discard_session, left_sessions
+from qtfs_server.stuck import stuck_requests
 
 cdef extern from "<sys/socket.h>" nogil:
     enum:
-        SOCK_CLOEXEC
-        SOCK_NONBLOCK
         SHUT_RD
         SHUT_RDWR
-    int accept4(int, void *, void *, int)
-
-cdef extern from "<unistd.h>" nogil:
-    ssize_t write(int, const void *, size_t)
-    int usleep(unsigned int)
 
 cdef enum:
-    SPIN_US = 200                   # how long to look for the next request; below 100 it costs more than it gains
-    SHARED_TURNS = 64               # until we look for another processor; a client moves sooner, and may have to
-    SPIN_CREDIT = 16                # fruitless spins until a worker stops spinning for a while
-    PARTIAL_WAIT_US = 10000         # how long workers wait for the rest of a message that is on its way
-    EXECUTING_POLL_US = 1000
     UNATTACHED_TIMEOUT_US = 60000000
     ERRAND_SEND_TIMEOUT_US = 5000000   # whose client does not read its answer is cut
 
 log = logging.getLogger(__name__)
-
-cdef pthread_mutex_t _connections_guard
-cdef connection *_connections = NULL
-cdef int32_t _connection_count = 0
-cdef uint64_t _copied = 0                 # by connections that have ended, under the guard
-cdef int32_t _spinning = 0
-cdef int32_t _spinning_at_most = 1
-pthread_mutex_init(&_connections_guard, NULL)
-
-
-# ---- life of a connection ------------------------------------------------------------------------------------------
-
-cdef connection *_connection_new(int fd, const listener *from_) noexcept nogil:
-    """A connection for an accepted socket, listed; NULL without memory."""
-    global _connections
-    cdef connection *c = <connection *>calloc(1, sizeof(connection))
-    if c == NULL:
-        return NULL
-    c.kind = SOURCE_CONNECTION
-    c.needs_authentication = from_.needs_authentication
-    c.since_us = now_us()
-    if from_.memory != NULL:
-        greeter_init(&c.ch, fd, from_.memory)
-    else:
-        socket_channel_init(&c.ch, fd)
-    pthread_mutex_lock(&_connections_guard)
-    c.next = _connections
-    if _connections != NULL:
-        _connections.previous = c
-    _connections = c
-    pthread_mutex_unlock(&_connections_guard)
-    atomic_add_int(&_connection_count, 1)
-    atomic_add_int(&descriptors_module.descriptors, 1)
-    return c
-
-
-cdef void _unlist(connection *c) noexcept nogil:
-    global _connections, _copied
-    pthread_mutex_lock(&_connections_guard)
-    _copied += c.ch.copied
-    if c.previous != NULL:
-        c.previous.next = c.next
-    else:
-        _connections = c.next
-    if c.next != NULL:
-        c.next.previous = c.previous
-    pthread_mutex_unlock(&_connections_guard)
-
-
-cdef void _leave_session(connection *c) noexcept nogil:
-    """Give up the slot or event channel, and the reference."""
-    cdef session *s = c.s
-    if s == NULL:
-        return
-    pthread_mutex_lock(&s.guard)
-    if c.state == STATE_EVENT and s.event == c:
-        pthread_mutex_lock(&s.outbox_guard)
-        s.event = NULL
-        pthread_mutex_unlock(&s.outbox_guard)
-    elif c.state == STATE_SLOT and s.slot_table[c.slot].connection == c:
-        s.slot_table[c.slot].connection = NULL
-    s.connections -= 1
-    s.idle_since_us = now_us()
-    pthread_mutex_unlock(&s.guard)
-    c.s = NULL
-    session_unref(s)
-
-
-cdef void _connection_free(connection *c) noexcept nogil:
-    _leave_session(c)
-    _unlist(c)
-    c.ch.ops.close(&c.ch)
-    free(c)
-    atomic_add_int(&_connection_count, -1)
-    atomic_add_int(&descriptors_module.descriptors, -1)
-
-
-# ---- slot channels ---------------------------------------------------------------------------------------------------
-
-cdef int _serve_slot(Server server, worker *w, connection *c, const message *msg) noexcept nogil:
-    """One request of a slot channel. 0, -EAGAIN (the reply is not all gone yet), HANDED_OVER or another -errno."""
-    cdef size_t room = min(<size_t>BUFFER_BYTES, <size_t>c.ch.largest)
-    cdef uint8_t *out = c.ch.ops.reserve(&c.ch, room, msg.head.op == OP_READ)
-    cdef size_t size = 0
-    cdef int result = SLOT_BUSY
-    while True:
-        result = execute_in_slot(c.s, c.slot, &w.me, w.scratch, &w.count, msg, out, room,
-                                 &w.pipe if c.ch.ring == NULL else NULL, &size)
-        if result != SLOT_BUSY or c.s.slot_table[c.slot].connection != c:
-            break
-        if is_errand(msg.head.op) and _join(server, c, msg) == HANDED_OVER:
-            return HANDED_OVER
-        usleep(EXECUTING_POLL_US)   # the connection that brought this request first was cut while it was executed
-    if result == HANDED_OVER:
-        with gil:
-            return server._new_errand(c, msg)
-    if result < 0:
-        return -EPROTO
-    c.ch.ops.release(&c.ch)
-    return c.ch.ops.commit(&c.ch, size, NULL, 0) if w.pipe.bytes == 0 else _commit_from_pipe(w, c, size)
-
-
-cdef int _commit_from_pipe(worker *w, connection *c, size_t size) noexcept nogil:
-    """Send a reply whose body is in the worker's pipe. As commit."""
-    cdef int status = commit_from_pipe(&c.ch, size, w.pipe.ends[0], w.pipe.bytes)
-    w.pipe.bytes = 0
-    if status < 0 and status != -EAGAIN:
-        pipe_drop(&w.pipe)
-    return status
-
-
-cdef int _join(Server server, connection *c, const message *msg) noexcept with gil:
-    return server._join_errand(c, msg)
-
-
-# ---- the worker's loop -----------------------------------------------------------------------------------------------
-
-cdef bint _may_spin(worker *w) noexcept nogil:
-    """Whether looking for the next request is likely to pay: it lately did, and cores are left for others."""
-    if w.spin_credit <= 0:
-        w.spin_credit += 1
-        return False
-    if atomic_add_int(&_spinning, 1) > _spinning_at_most:
-        atomic_add_int(&_spinning, -1)
-        return False
-    return True
-
-
-cdef int _spin(worker *w, connection *c, message *msg) noexcept nogil:
-    """Look for the next request for a while; the result of the last receive."""
-    cdef int64_t now = now_us()
-    cdef int64_t deadline = now + SPIN_CAP_US
-    cdef int found = 0
-    if not spin_begin(&w.spinner, now) or not _may_spin(w):
-        return 0
-    while found == 0 and w.spinner.spent_us < SPIN_US and now < deadline:
-        now = spin_turn(&w.spinner, now)
-        found = c.ch.ops.receive(&c.ch, msg)
-    if spin_shares(&w.spinner, SHARED_TURNS, now):
-        move_away()
-    atomic_add_int(&_spinning, -1)
-    if found == 1:
-        w.spin_credit = SPIN_CREDIT
-    else:
-        w.spin_credit -= 1
-        if w.spin_credit == 0:
-            w.spin_credit = -SPIN_CREDIT
-    return found
-
-
-cdef int _await_rest(connection *c, message *msg) noexcept nogil:
-    """Wait for the rest of a message, but not for each piece anew: a peer that dribbles must not hold a worker."""
-    cdef int64_t now = now_us()
-    cdef int found = 0
-    if c.partial_since_us == 0:
-        c.partial_since_us = now
-    while found == 0 and now < c.partial_since_us + PARTIAL_WAIT_US and \
-            c.ch.ops.wait(&c.ch, WAIT_READABLE, -1, c.partial_since_us + PARTIAL_WAIT_US - now):
-        found = c.ch.ops.receive(&c.ch, msg)
-        now = now_us()
-    return found
-
-
-cdef int _receive(worker *w, connection *c, message *msg, bint served) noexcept nogil:
-    """The next message: 1; 0: none now; or -errno."""
-    cdef int found = c.ch.ops.receive(&c.ch, msg)
-    if found == 0 and c.ch.end > c.ch.begin:
-        found = _await_rest(c, msg)
-    if found != 0:
-        c.partial_since_us = 0
-    elif served and c.ch.end == c.ch.begin:
-        found = _spin(w, c, msg)
-    return found
-
-
-cdef int _serve_message(Server server, worker *w, connection *c, const message *msg) noexcept nogil:
-    if msg.head.flags & MESSAGE_REPLY:
-        return -EPROTO
-    if msg.head.op >= OP_LOOKUP and c.state == STATE_SLOT:
-        return _serve_slot(server, w, c, msg)
-    if c.state == STATE_EVENT and msg.head.op != OP_DETACH:
-        return serve_event(w, c, msg)
-    with gil:
-        return server._session_message(c, msg)
-
-
-cdef int _serve(Server server, worker *w, connection *c) noexcept nogil:
-    """Serve a connection as long as messages keep coming. 0: wait for more; EPOLLOUT: for room; -errno: close it."""
-    cdef message msg
-    cdef bint served = False
-    cdef int result = c.ch.ops.flush(&c.ch)
-    if result == -EAGAIN:
-        return EPOLLOUT
-    while result == 0 and not server.stopping:
-        result = _receive(w, c, &msg, served)
-        if result <= 0:
-            break
-        served = True
-        result = _serve_message(server, w, c, &msg)
-    if result == -EPROTO:
-        w.count.malformed += 1
-    return EPOLLOUT if result == -EAGAIN else result
-
-
-cdef void _arm(Server server, connection *c, uint32_t events, int how) noexcept nogil:
-    cdef epoll_event event
-    if c.ch.ops.doze(&c.ch, WAIT_READABLE if events & EPOLLIN else WAIT_WRITABLE):
-        events |= EPOLLOUT          # it is there already: the descriptor can always be written to, so it wakes at once
-    elif c.ch.ring != NULL:
-        events = EPOLLIN
-    # Who waits for room must not wake for a peer that has shut its side: that would never end.
-    event.events = events | EPOLLONESHOT | (EPOLLRDHUP if events & EPOLLIN else 0)
-    event.data.ptr = c
-    epoll_ctl(server.epoll_fd, how, c.ch.fd, &event)
-
-
-cdef void _serve_connection(Server server, worker *w, connection *c) noexcept nogil:
-    cdef int result
-    c.ch.ops.wake(&c.ch)
-    lend_buffers(&c.ch, w.inbox, BUFFER_BYTES, w.outbox, BUFFER_BYTES)
-    result = _serve(server, w, c)
-    if result == HANDED_OVER:
-        if park(&c.ch) < 0:
-            c.ch.begin = c.ch.end = 0   # no client sends before it has its reply
-        with gil:
-            server._begin_errand(c)
-    elif result >= 0 and park(&c.ch) == 0:
-        _arm(server, c, EPOLLOUT if result == EPOLLOUT else EPOLLIN, EPOLL_CTL_MOD)
-    else:
-        _connection_free(c)
-
-
-cdef void _accept(Server server, listener *from_) noexcept nogil:
-    """Accept one connection; the others wake other workers."""
-    cdef connection *c
-    cdef int fd = accept4(from_.fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK)
-    if fd < 0:
-        if errno in (EMFILE, ENFILE):
-            _refuse_one(server, from_.fd)
-        return
-    if atomic_load_int(&_connection_count) > descriptors_module.descriptor_limit // 4 * 3:
-        close(fd)
-        return
-    with gil:
-        _tune(fd)
-    c = _connection_new(fd, from_)
-    if c == NULL:
-        close(fd)
-    else:
-        _arm(server, c, EPOLLIN, EPOLL_CTL_ADD)
-
-
-cdef void _refuse_one(Server server, int listening) noexcept nogil:
-    """Out of descriptors: end one waiting connection instead of being woken for it for ever."""
-    close(server.spare_fd)
-    close(accept4(listening, NULL, NULL, SOCK_CLOEXEC))
-    server.spare_fd = eventfd(0, EFD_CLOEXEC)
-
-
-cdef int _tune(int fd) except -1:
-    sock = socket.socket(fileno=fd)
-    try:
-        tune_socket(sock)
-    except OSError as error:
-        log.debug("an accepted socket could not be tuned: %s", error)
-    sock.detach()
-    return 0
-
-
-cdef void _work(Server server, worker *w) noexcept nogil:
-    cdef epoll_event event
-    while not server.stopping:
-        if epoll_wait(server.epoll_fd, &event, 1, -1) <= 0:
-            continue
-        if (<listener *>event.data.ptr).kind == SOURCE_CONNECTION:
-            _serve_connection(server, w, <connection *>event.data.ptr)
-        elif (<listener *>event.data.ptr).kind == SOURCE_LISTENER:
-            _accept(server, <listener *>event.data.ptr)
-
-
-cdef worker *_worker_new() noexcept nogil:
-    cdef worker *w = <worker *>calloc(1, sizeof(worker))
-    if w == NULL:
-        return NULL
-    w.inbox = <uint8_t *>malloc(BUFFER_BYTES)
-    w.outbox = <uint8_t *>malloc(BUFFER_BYTES)
-    w.scratch = <uint8_t *>malloc(SCRATCH_BYTES)
-    w.spin_credit = SPIN_CREDIT
-    return w if w.inbox != NULL and w.outbox != NULL and w.scratch != NULL else NULL
 
 
 class Refused(Exception):
@@ -403,7 +82,7 @@ cdef bint _send_all(channel *ch, const uint8_t *data, size_t size) noexcept nogi
         if sent > 0:
             data += sent
             size -= sent
-        elif sent != -EAGAIN or not ch.ops.wait(ch, WAIT_WRITABLE, -1, ERRAND_SEND_TIMEOUT_US):
+        elif sent != -EAGAIN or not ch.ops.wait(ch, WAIT_WRITABLE, -1, -1, ERRAND_SEND_TIMEOUT_US):
             return False
     return True
 
@@ -443,8 +122,8 @@ cdef class Errand:
         """Answer, once: `error` is 0 or an errno, which goes without a body. -1: the request broke the protocol."""
         cdef session *s = self.s
         body = b"" if error else body
-        reply = struct.pack("<IHHiIQQ", sizeof(header) + len(body), self.head.op, MESSAGE_REPLY, max(error, 0), self.slot,
-                            self.head.sequence, self.head.tag) + body
+        reply = struct.pack("<IHHiIQQ", sizeof(header) + len(body), self.head.op, MESSAGE_REPLY, max(error, 0),
+                            self.slot, self.head.sequence, self.head.tag) + body
         if error < 0:
             self.reply = b""
             self.server.malformed_errands += 1
@@ -465,16 +144,13 @@ cdef class Errand:
         with nogil:
             if size == 0 or not _send_all(&c.ch, data, size):
                 c.ch.ops.cut(&c.ch, SHUT_RDWR)
-            _arm(self.server, c, EPOLLIN, EPOLL_CTL_MOD)
+            arm(self.server, c, EPOLLIN, EPOLL_CTL_MOD)
         return 0
 
 
-cdef class Server:
+cdef class Server(Service):
     """All that the engine's threads share. Threads are the caller's: each runs `work`, `wait_for_locks` or
     `watch_streams`."""
-
-    def __cinit__(self):
-        self.epoll_fd = self.stop_fd = self.spare_fd = -1
 
     def __init__(self, *, carrier: object, key: bytes | None = None, grace_s: float = 90.0,
                  descriptor_limit: int = 1024) -> None:
@@ -484,7 +160,6 @@ cdef class Server:
         """
         cdef epoll_event event
         global _spinning_at_most
-        self.workers = []
         self.sessions = {}
         self.carrier = carrier
         self.errands = {}
@@ -504,62 +179,6 @@ cdef class Server:
         event.events = EPOLLIN
         event.data.ptr = &self.stop_source
         epoll_ctl(self.epoll_fd, EPOLL_CTL_ADD, self.stop_fd, &event)
-
-    def listen(self, int fd, bint needs_authentication, RingMemory memory=None) -> None:
-        """Serve connections of a listening, non-blocking socket, which stays the caller's.
-
-        `memory`: the socket is its bell, and what connects there names a channel. It must outlive the server.
-        """
-        cdef epoll_event event
-        cdef listener *added = NULL
-        cdef int i
-        for i in range(64):
-            if added == NULL and self.listeners[i].kind != SOURCE_LISTENER:
-                added = &self.listeners[i]
-        if added == NULL:
-            raise ValueError("at most 64 addresses")
-        added.kind = SOURCE_LISTENER
-        added.fd = fd
-        added.needs_authentication = needs_authentication
-        added.memory = &memory.m if memory is not None else NULL
-        event.events = EPOLLIN | EPOLLEXCLUSIVE
-        event.data.ptr = added
-        if epoll_ctl(self.epoll_fd, EPOLL_CTL_ADD, fd, &event) < 0:
-            raise OSError(errno, os.strerror(errno))
-
-    def deafen(self, int fd) -> None:
-        """Stop listening on a socket; who is connected stays."""
-        cdef int i
-        epoll_ctl(self.epoll_fd, EPOLL_CTL_DEL, fd, NULL)
-        for i in range(64):
-            if self.listeners[i].kind == SOURCE_LISTENER and self.listeners[i].fd == fd:
-                self.listeners[i].kind = 0
-
-    def hang_up(self, RingMemory memory not None) -> None:
-        """Cut whoever is connected by way of a memory."""
-        cdef connection *c
-        pthread_mutex_lock(&_connections_guard)
-        c = _connections
-        while c != NULL:
-            if works_in(&c.ch, &memory.m):
-                c.ch.ops.cut(&c.ch, SHUT_RDWR)
-            c = c.next
-        pthread_mutex_unlock(&_connections_guard)
-
-    def work(self) -> None:
-        """Body of a worker thread; returns after `stop`."""
-        cdef worker *w = _worker_new()
-        cdef int error
-        if w == NULL:
-            raise MemoryError
-        error = identity_init(&w.me)
-        if error < 0:
-            raise OSError(-error, os.strerror(-error))
-        self.workers.append(<size_t>w)
-        if pipe_make(&w.pipe):
-            descriptors_module.descriptor_limit -= 2
-        with nogil:
-            _work(self, w)
 
     def wait_for_locks(self) -> None:
         """Body of the thread that tries waiting lock requests again; returns after `stop`."""
@@ -587,6 +206,23 @@ cdef class Server:
         write(self.stop_fd, &one, sizeof(one))
         stop_waiting_for_locks()
         stop_watching_streams()
+
+    def go_on(self) -> None:
+        """Undo `stop`, once every thread has returned; the threads are the caller's to start again."""
+        cdef uint64_t unused = 0
+        read(self.stop_fd, &unused, sizeof(unused))
+        self.stopping = False
+        go_on_waiting_for_locks()
+        go_on_watching_streams()
+        go_on_opening()
+
+    @property
+    def busy(self) -> bool:
+        """After `stop`: whether something is under way that may still change what sessions have."""
+        cdef bint opening
+        with nogil:
+            opening = suspend_openings()
+        return self.running > 0 or bool(self.errands) or opening or not chores_done() or lock_polling()
 
     # ---- session messages ----
 
@@ -629,7 +265,8 @@ cdef class Server:
         if magic != HELLO_MAGIC:
             raise Refused(EPROTO)
         server_nonce = auth.new_nonce()
-        welcome = struct.pack("<HHIII32s", PROTOCOL_VERSION, c.needs_authentication, 0, _max_payload(c), MAX_SLOTS, server_nonce)
+        welcome = struct.pack("<HHIII32s", PROTOCOL_VERSION, c.needs_authentication, 0, _max_payload(c), MAX_SLOTS,
+                              server_nonce)
         memcpy(c.client_nonce, <const char *>nonce, NONCE_BYTES)
         memcpy(c.server_nonce, <const char *>server_nonce, NONCE_BYTES)
         if not oldest <= PROTOCOL_VERSION <= newest:
@@ -641,12 +278,13 @@ cdef class Server:
         """Check the client's proof that it has the key, and prove the same to it."""
         client_nonce = c.client_nonce[:NONCE_BYTES]
         server_nonce = c.server_nonce[:NONCE_BYTES]
-        if self.key is None or not auth.verify(body, self.key, auth.CLIENT, client_nonce, server_nonce, client_nonce + server_nonce):
+        nonces = client_nonce + server_nonce
+        if self.key is None or not auth.verify(body, self.key, auth.CLIENT, client_nonce, server_nonce, nonces):
             log.warning("a client failed to authenticate")
             c.state = STATE_NEW
             raise Refused(EACCES)
         c.state = STATE_TRUSTED
-        return auth.proof(self.key, auth.SERVER, client_nonce, server_nonce, client_nonce + server_nonce)
+        return auth.proof(self.key, auth.SERVER, client_nonce, server_nonce, nonces)
 
     cdef bytes _mount(self, connection *c, bytes body):
         """Open the source, ask the whitelist, begin a session whose slot 0 this connection is."""
@@ -654,17 +292,16 @@ cdef class Server:
         path = body[sizeof(mount_request):]
         if not 1 <= slots <= MAX_SLOTS or not path.startswith(b"/") or b"\0" in path or len(path) >= MAX_PATH:
             raise Refused(EINVAL)
-        cdef int fd = _open_source(path)
         cdef bytes secret = secrets.token_bytes(SECRET_BYTES)
         cdef uint64_t id = secrets.randbits(63) | 1
-        cdef bytes real = os.fsencode(os.readlink(f"/proc/self/fd/{fd}"))
-        cdef session *s = session_new(id, <const uint8_t *><const char *>secret, secrets.randbits(31), slots)
+        cdef int fd
+        cdef bytes real
+        fd, real = _open_source(path)
+        cdef session *s = session_new(id, <const uint8_t *><const char *>secret, secrets.randbits(31) | 1, slots, flags,
+                                      <const char *>real)
         if s == NULL:
             os.close(fd)
-            raise MemoryError
-        s.read_only = flags & MOUNT_READ_ONLY
-        s.watches_mounts = flags & MOUNT_WATCH
-        s.lets_root_go = flags & MOUNT_LET_GO
+            raise OSError(ENOMEM, "no room for a session's tables")
         cdef int error = root_enter(s, fd, path_place(<const char *>real, NULL))
         if error < 0:
             session_unref(s)
@@ -673,6 +310,108 @@ cdef class Server:
         self._bind(c, s, 0)
         log.info("session %016x: %s", id, os.fsdecode(real))
         return struct.pack("<Q32sII", id, secret, slots, int(self.grace_s))
+
+    def recover(self, given: dict[str, Passed]) -> None:
+        """Go on with the sessions that an engine before us left, once: before anybody can connect.
+
+        `given`: descriptors that were passed on, by the name of their session's file. What finds no place stays there.
+        """
+        cdef session *s
+        cdef Passed passed
+        recovered = []
+        for name in {**given, **dict.fromkeys(left_sessions())}:
+            passed = given.get(name) or Passed([])
+            s = self._recover_one(name.encode(), passed)
+            if s != NULL:
+                self.sessions[s.id] = <size_t>s
+                recovered.append((s.id, passed))
+        for id, passed in recovered:
+            s = <session *><size_t>self.sessions[id]
+            with nogil:
+                adopt_lock_owners(s, passed.items, passed.count)
+            lost = lock_all_again(s)
+            if lost:
+                log.warning("session %016x: %d owners of locks have lost one: their files are EIO", id, lost)
+        if recovered:
+            log.warning("%d sessions of the engine before this one go on", len(recovered))
+
+    cdef state_header *_state_of(self, bytes name, Passed given, int *fd, const char **why) except? NULL:
+        """The tables of a session, by the descriptor that was passed on or else by their name; NULL: `why`."""
+        cdef state_header *state
+        fd[0] = given.take(PASSED_STATE)
+        if fd[0] < 0:
+            return state_open(name, fd, why)
+        state = state_take(fd[0], why)
+        if state == NULL:
+            os.close(fd[0])
+        return state
+
+    cdef session *_recover_one(self, bytes name, Passed given) except? NULL:
+        """The session of a file that an engine before us left; NULL: it is of no use, and gone unless another has it."""
+        cdef const char *why = NULL
+        cdef int fd = -1
+        cdef state_header *state = self._state_of(name, given, &fd, &why)
+        cdef session *s = NULL
+        if state != NULL:
+            if now_us() - state.alive_us > <int64_t>(self.grace_s * 1e6):
+                why = b"its grace is over"
+            elif not path_place(state.root, NULL).allowed & ALLOW_MOUNT:
+                why = b"the whitelist does not allow it any more"
+            if why != NULL:
+                state_free(state, fd)
+            else:
+                with nogil:
+                    s = recover(state, fd, given.items, given.count)
+                why = b"its directory is gone"
+        if s != NULL:
+            self._remember(s, given.take(PASSED_MEMORY))
+        elif why[0] != 0:
+            log.warning("session %s of the engine before this one ends: %s", os.fsdecode(name), why.decode())
+            discard_session(os.fsdecode(name))
+        return s
+
+    cdef int _remember(self, session *s, int memory) except -1:
+        """Restore what was in the memory of the engine before us; -1: nothing is known of it."""
+        if memory >= 0:
+            with open(memory, "rb") as file:
+                restore_memory(s, file.read())
+        wake_pollers(s)
+        return 0
+
+    def without_file(self) -> list[str]:
+        """Names of the sessions whose tables lie in memory, and end with this engine."""
+        cdef session *s
+        found = []
+        for id in list(self.sessions):
+            s = <session *><size_t>self.sessions[id]
+            if s.state_fd < 0:
+                found.append(f"{id:016x}")
+        return found
+
+    def is_stored(self, name: str, uint32_t index, uint32_t generation) -> bool:
+        """Whether a session's handle has a copy in systemd's store."""
+        cdef session *s
+        if int(name, 16) not in self.sessions:
+            return False
+        s = <session *><size_t>self.sessions[int(name, 16)]
+        return 0 < index < s.handle_count and handle_at(s, index).generation == generation and \
+            bool(handle_at(s, index).flags & HANDLE_STORED)
+
+    def store_all(self) -> None:
+        """After `stop`: have systemd keep what the next engine could not open."""
+        cdef session *s
+        for id in list(self.sessions):
+            s = <session *><size_t>self.sessions[id]
+            with nogil:
+                store_all(s)
+
+    def belongings(self) -> Iterator[tuple[str, list[tuple[int, int, int, int]], bytes]]:
+        """After `stop`: the name of each session, its descriptors (passing.Passed), and what lies in no table."""
+        cdef session *s
+        for id in list(self.sessions):
+            s = <session *><size_t>self.sessions[id]
+            s.state.alive_us = now_us()
+            yield f"{id:016x}", descriptors_of(s), memory_of(s)
 
     cdef bytes _attach(self, connection *c, bytes body):
         """Give a slot or the event channel of a session to this connection; an older holder is cut off."""
@@ -696,9 +435,12 @@ cdef class Server:
         pthread_mutex_lock(&s.guard)
         older = <connection *>(s.event if slot == EVENT_SLOT else s.slot_table[slot].connection)
         if slot != EVENT_SLOT:
+            tell_begun(&c.ch)
             s.slot_table[slot].connection = c   # the event channel follows once it has its reply, open_events
         if older != NULL:
             older.ch.ops.cut(&older.ch, SHUT_RDWR)
+        if s.connections == 0 and s.idle_since_us > 0:
+            self.resumed += 1
         s.connections += 1
         c.s = s
         c.state = STATE_EVENT if slot == EVENT_SLOT else STATE_SLOT
@@ -712,6 +454,7 @@ cdef class Server:
         if self.sessions.pop(s.id, None) is None:
             return 0
         log.info("session %016x: ended", s.id)
+        state_remove(s.id)
         pthread_mutex_lock(&s.guard)
         s.ended = True
         for slot in range(s.slots + 1):
@@ -721,8 +464,11 @@ cdef class Server:
         pthread_mutex_unlock(&s.guard)
         self.carrier.session_ended(s.id)
         with nogil:
-            abandon_all(s)
-            session_unref(s)
+            if asking == NULL:      # the main thread is not to hang
+                abandon_later(s)
+            else:                   # a worker may, whose client finds its locks free once it has its reply
+                abandon_all(s)
+                session_unref(s)
         return 0
 
     # ---- errands: between a worker, which has the connection, and the thread that will have it ----
@@ -760,7 +506,7 @@ cdef class Server:
             errand = self.errands[c.s.id, c.slot]
             errand.begun = True
             if errand.c != c:       # a repetition was quicker, and this connection was cut
-                _arm(self, c, EPOLLIN, EPOLL_CTL_MOD)
+                arm(self, c, EPOLLIN, EPOLL_CTL_MOD)
             self.carrier.start(errand)
         elif errand.reply is not None:
             errand._send(c)
@@ -768,7 +514,7 @@ cdef class Server:
             older = errand.c
             errand.c = c
             if errand.begun:        # it was cut when this one was attached: a worker frees it
-                _arm(self, older, EPOLLIN, EPOLL_CTL_MOD)
+                arm(self, older, EPOLLIN, EPOLL_CTL_MOD)
         return 0
 
     # ---- housekeeping, figures ----
@@ -779,7 +525,10 @@ cdef class Server:
         cdef connection *c
         cdef int64_t now = now_us()
         for id in list(self.sessions):
+            if id not in self.sessions:     # it ended while another one was
+                continue
             s = <session *><size_t>self.sessions[id]
+            s.state.alive_us = now
             if s.connections == 0 and now - s.idle_since_us > <int64_t>(self.grace_s * 1e6):
                 log.warning("session %016x: its client is gone for %g s", id, self.grace_s)
                 self._end_session(s, NULL)
@@ -792,43 +541,42 @@ cdef class Server:
         pthread_mutex_unlock(&_connections_guard)
 
     def figures(self) -> dict[str, object]:
-        """Counters since the start: requests and errors by operation, sessions with what they hold, descriptors, and `copied`:
-        bytes of messages that went through buffers of ours.
-        """
-        cdef worker *w
-        cdef session *s
+        """What doc/control.md says: counters since the start, and what is held now."""
         requests: dict[str, int] = {}
         errors: dict[str, int] = {}
-        cdef uint64_t malformed = self.malformed_errands, repeated = 0
-        for address in self.workers:
-            w = <worker *><size_t>address
+        cdef worker *w = all_workers
+        cdef uint64_t malformed = self.malformed_errands, repeated = 0, continued = 0
+        while w != NULL:
             malformed += w.count.malformed
             repeated += w.count.repeated
+            continued += w.count.continued
             for number, name in OPERATION_NAMES.items():
                 if w.count.requests[<int>number]:
                     requests[name] = requests.get(name, 0) + w.count.requests[<int>number]
                 if w.count.errors[<int>number]:
                     errors[name] = errors.get(name, 0) + w.count.errors[<int>number]
-        sessions = []
-        for address in self.sessions.values():
-            s = <session *><size_t>address
-            sessions.append({"id": f"{s.id:016x}", "nodes": s.nodes_used, "handles": s.handles_used,
-                             "connections": s.connections, "mounts": self.carrier.mounts_of(s.id)})
+            w = w.next
         return {"requests": requests, "errors": errors, "malformed": malformed, "repeated": repeated,
-                "sessions": sessions, "connections": _connection_count, "copied": _bytes_copied(), "descriptors": descriptors_module.descriptors}
+                "continued": continued, "lost_handles": handles_module.lost_handles,
+                "resumed": self.resumed, "errands": len(self.errands), "sessions": self._sessions_figures(),
+                "connections": connection_count, "copied": bytes_copied(), "descriptors": descriptors_module.descriptors,
+                "workers": self.running, "stuck": stuck_requests()}
 
-
-cdef uint64_t _bytes_copied() noexcept:
-    cdef connection *c
-    cdef uint64_t total
-    pthread_mutex_lock(&_connections_guard)
-    total = _copied
-    c = _connections
-    while c != NULL:
-        total += c.ch.copied
-        c = c.next
-    pthread_mutex_unlock(&_connections_guard)
-    return total
+    cdef list _sessions_figures(self):
+        """Of every session. It is held while we look: other threads may end it whenever Python code runs."""
+        cdef session *s
+        cdef list found = []
+        for id in list(self.sessions):
+            if id not in self.sessions:
+                continue
+            s = <session *><size_t>self.sessions[id]
+            atomic_add_int(&s.references, 1)
+            try:
+                found.append({**session_figures(s), "mounts": self.carrier.mounts_of(s.id)})
+            finally:
+                with nogil:
+                    session_unref(s)
+        return found
 
 
 cdef uint32_t _max_payload(const connection *c) noexcept:
@@ -854,8 +602,10 @@ def _unpack(layout: str, body: bytes) -> tuple:
         raise Refused(EPROTO) from None
 
 
-def _open_source(path: bytes) -> int:
-    """Open the directory a client wants to mount, if the whitelist has it. EPERM comes before ENOENT tells anything.
+def _open_source(path: bytes) -> tuple[int, bytes]:
+    """Open the directory a client wants to mount, if the whitelist has it; the descriptor and where it really is.
+
+    EPERM comes before ENOENT tells anything.
 
     Magic links are not followed: /proc/PID/root/home is not the /home that the whitelist means.
     """
@@ -863,18 +613,30 @@ def _open_source(path: bytes) -> int:
     memset(&how, 0, sizeof(how))
     how.flags = O_PATH | O_DIRECTORY | O_CLOEXEC
     how.resolve = RESOLVE_NO_MAGICLINKS
-    cdef int fd = <int>syscall(SYS_openat2, AT_FDCWD, <const char *>path, &how, sizeof(how))
+    cdef const char *text = path
+    cdef int fd, failure
+    with nogil:                     # it may hang
+        fd = <int>syscall(SYS_openat2, AT_FDCWD, text, &how, sizeof(how))
+        failure = errno
     if fd < 0:
-        error = errno
         # Through the symbolic links, as the open went: what lies behind one is not for everybody to find out.
         _check_mount(os.path.realpath(path))
-        raise Refused(error)
+        raise Refused(failure)
     try:
-        _check_mount(os.fsencode(os.readlink(f"/proc/self/fd/{fd}")))
-    except Refused:
+        real = os.fsencode(os.readlink(f"/proc/self/fd/{fd}"))      # OSError: there is no path as long as that
+        _check_mount(real)
+    except BaseException:
         os.close(fd)
         raise
-    return fd
+    return fd, real
+
+
+cdef int root_enter(session *s, int fd, place where) noexcept:
+    """The same without the GIL: it may hang."""
+    cdef int error
+    with nogil:
+        error = _root_enter(s, fd, where)
+    return error
 
 
 def _check_mount(path: bytes) -> None:

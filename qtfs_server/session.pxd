@@ -7,13 +7,15 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from qtfs_server.includes.linux cimport pthread_mutex_t
 from qtfs_server.policy cimport place
+from qtfs_server.state_file cimport state_header, text_cell
 
 cdef enum:
-    CHUNK = 1024                    # nodes or handles allocated together
     MAX_NODES = 1 << 24             # of one session
     MAX_HANDLES = 1 << 20
+    MAX_SHARES = 5                  # of shares.pxd
     MAX_DEVICES = 65535
-    SAVED_REPLY_BYTES = 512         # longest reply kept for a repeated request
+    SAVED_REPLY_BYTES = 512         # longest reply kept for a repeated request that outlives the engine
+    MOST_LISTED = 256               # lookups that one READDIR counts; more than fit into 32 KiB, which libc reads at a time
     NO_INDEX = 0                    # index 0 of both tables is never given out
 
 cdef enum:                          # node.flags
@@ -23,6 +25,14 @@ cdef enum:                          # node.flags
     NODE_WARM = 8                   # used since the last look at those that hold mounts
     NODE_USED = NODE_RECENT | NODE_WARM
 
+cdef enum:
+    SHAPE_WORDS = 6                 # longest file handle of a folded node, in words of 4 bytes; that of btrfs
+
+cdef struct short_handle:           # struct file_handle, if it is short; `words` is 0 if there is none
+    int32_t type
+    uint32_t words
+    uint32_t data[SHAPE_WORDS]
+
 cdef struct node:                   # one that is in use, has its descriptor, or cannot be folded
     uint64_t ino
     uint64_t lookups                # what the client's kernel still has to forget
@@ -31,8 +41,10 @@ cdef struct node:                   # one that is in use, has its descriptor, or
     node *next_open                 # ring of those that have their descriptor
     node *previous_open
     int32_t fd                      # O_PATH
-    uint32_t index                  # of its record
+    uint32_t index                  # of its record; NO_INDEX: a spare one
     uint32_t handles                # open ones; they keep the node, not its descriptor
+    uint32_t path                   # where it can be found again without a file handle: texts.pxd; 0: nowhere
+    short_handle by_handle          # opens it again, even for the next engine
     uint16_t pins
     uint16_t device                 # index into session.devices
     uint16_t type                   # S_IFMT bits
@@ -61,7 +73,6 @@ cdef struct record:                 # of every node; all there is of a folded on
     uint16_t lookups                # of a folded one
 
 cdef enum:
-    SHAPE_WORDS = 6                 # longest file handle of a folded node, in words of 4 bytes; that of btrfs
     SHAPE_CHAINS = 256
     MAX_SHAPES = 4096
 
@@ -94,16 +105,22 @@ cdef enum:                          # handle.flags
     HANDLE_STREAM = 32              # a FIFO or character device: read(2), write(2), O_NONBLOCK
     HANDLE_POLLABLE = 64            # POLL may say something else than "always ready"
     HANDLE_NAMES_ONLY = 128         # a directory whose entries' attributes nobody may trust for a moment
+    HANDLE_LOST = 256               # the engine that had it open died, and it cannot be opened again
+    HANDLE_STORED = 512             # systemd keeps a copy of its descriptor (descriptor_store.pyx)
 
 cdef struct handle:
-    int32_t fd
+    int32_t fd                      # -1: the engine that had it open is gone, and nobody used it since
     uint32_t generation
     uint32_t pins
     uint32_t index
     uint32_t next_free
     uint32_t flags
+    uint32_t open_flags             # of open(2), to open it again
+    uint32_t flocked                # flock(2): LOCK_SH, LOCK_EX, or 0
+    uint32_t node_index             # of `node`
     node *node                      # lives as long as the handle
     int64_t position                # directories: the d_off at which fd stands
+    uint64_t notify                 # tag of the READY that the client waits for; 0: it does not
     void *stream                    # what waits for it and watches it (streams.pxd); NULL: nothing ever did
 
 cdef struct device:                 # one mount of the server, as far as this session has met it
@@ -121,13 +138,41 @@ cdef struct device:                 # one mount of the server, as far as this se
     bint reopens                    # a file of it was opened by its file handle
     bint gone                       # unmounted: the entry serves again once no node lies on it
 
+cdef struct intent:                 # what an operation found before it had its effect, should the engine die in it
+    bint known                      # the rest is valid, and the effect may have come
+    uint64_t ino                    # of what the name led to; 0: to nothing
+    uint64_t other_ino              # RENAME: the same of the new name
+    uint64_t size                   # of the file; FORGET: items that are done
+    uint64_t granted_node           # whose lookups were counted
+    uint64_t granted_handle         # that was opened
+    uint32_t listed_count           # READDIR, also if it was answered: whose lookups were counted
+    uint64_t listed[MOST_LISTED]    # their ids
+
 cdef struct slot:
     uint64_t sequence               # the last one executed
     void *connection                # who may use the slot now
     int32_t busy                    # a worker executes a request of it
+    bint unfinished                 # the engine died while it executed the last one
     uint32_t saved_bytes
-    uint32_t saved_room
-    uint8_t *saved                  # reply to it, if it must not be executed twice
+    uint8_t *long_reply             # the reply to it, if it is longer than `saved`
+    intent before
+    uint8_t saved[SAVED_REPLY_BYTES]    # reply to it, if it must not be executed twice
+
+cdef struct lock_note:              # what the next engine has to know of a POSIX lock: lock_notes.pyx
+    uint64_t serial                 # a range counts if it has that of its owner
+    uint64_t owner                  # owners: the number
+    uint64_t handle                 # owners: the one it came by
+    uint64_t start                  # ranges
+    uint64_t end
+    uint32_t of                     # ranges: index of their owner; NO_INDEX: this is an owner
+    uint32_t type                   # ranges
+    uint32_t next                   # ranges of the same owner, or the free list
+    bint used
+
+cdef struct carried_write:          # to a FIFO, which the engine before us had begun
+    carried_write *next
+    uint64_t tag
+    uint32_t done                   # bytes
 
 cdef struct outgoing:               # a message for the event channel; its bytes follow
     outgoing *next
@@ -135,6 +180,8 @@ cdef struct outgoing:               # a message for the event channel; its bytes
     size_t size
 
 cdef struct session:
+    state_header *state             # the file that all tables lie in (state_file.pyx)
+    int32_t state_fd
     uint64_t id
     uint8_t secret[32]
     pthread_mutex_t guard
@@ -154,16 +201,18 @@ cdef struct session:
     size_t unsent_at                # how much of it is
     size_t outbox_bytes
     uint64_t event_number           # of the last message that has to arrive
+    bint event_overlooked           # something was left because the outbox was full
     bint outbox_blocked             # listed among those that wait for room
     session *next_blocked
+    carried_write *carried          # under _all_guard of streams.pyx
     uint32_t slots
     slot *slot_table
     uint32_t salt                   # generations begin here: ids of different sessions never meet
-    record **record_chunks
+    record *records
     uint32_t record_count           # indexes below this were given out once
     uint32_t record_free
     uint32_t nodes_used
-    node **node_chunks
+    node *nodes
     uint32_t node_count             # nodes that were given out once
     node *spare_nodes               # given back, by next_open
     uint32_t open_nodes             # those that have their descriptor
@@ -174,7 +223,7 @@ cdef struct session:
     uint16_t shape_chains[SHAPE_CHAINS]
     uint32_t *buckets
     uint32_t bucket_mask
-    handle **handle_chunks
+    handle *handles
     uint32_t handle_count
     uint32_t handle_free
     uint32_t handles_used
@@ -183,20 +232,39 @@ cdef struct session:
     uint32_t *holders               # indexes of nodes whose descriptors hold mounts that are to be let go
     uint32_t holder_count
     uint32_t holder_room
+    bint walked                     # somebody goes through them (letting_go.pyx)
+    text_cell *texts
+    uint32_t text_count             # indexes below this were given out once
+    uint32_t text_free
+    lock_note *lock_notes
+    uint32_t lock_note_count        # indexes below this were given out once
+    uint32_t lock_note_free
+    uint64_t lock_serial            # of the last change of lock notes
     void *lock_owners               # list of locked_files.pxd, under its guard
+    int32_t lock_files              # how many those are, under that guard; each has a descriptor
+    int64_t shares[MAX_SHARES]      # atomic: what it has of what all share (shares.pxd)
     session *next                   # of all there are
     session *previous
 
 ctypedef void (*session_function)(session *) noexcept nogil
 
-cdef session *session_new(uint64_t id, const uint8_t *secret, uint32_t salt, uint32_t slots) noexcept nogil
+cdef session *session_new(uint64_t id, const uint8_t *secret, uint32_t salt, uint32_t slots, uint32_t mount_flags,
+                          const char *root) noexcept nogil
+cdef session *session_of_state(state_header *state, int fd) noexcept nogil
 cdef bint session_hold(session *s) noexcept nogil
 cdef void session_unref(session *s) noexcept nogil
 cdef void set_farewell(session_function farewell) noexcept nogil
 cdef session *session_fullest() noexcept nogil
 cdef session *session_after(session *s) noexcept nogil
-cdef record *record_at(session *s, uint32_t index) noexcept nogil
 cdef node *node_new_locked(session *s) noexcept nogil
 cdef void node_free_locked(session *s, node *n) noexcept nogil
-cdef handle *handle_at(session *s, uint32_t index) noexcept nogil
-cdef void **grown_chunks(void **chunks, uint32_t count, size_t item_bytes) noexcept nogil
+
+
+cdef inline record *record_at(session *s, uint32_t index) noexcept nogil:
+    """The record of an index below record_count."""
+    return &s.records[index]
+
+
+cdef inline handle *handle_at(session *s, uint32_t index) noexcept nogil:
+    """The handle of an index below handle_count."""
+    return &s.handles[index]

@@ -1,12 +1,18 @@
-"""Life of a session, and the chunked tables its nodes and handles are kept in."""
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free, realloc
+"""Life of a session, whose tables lie in a file that outlives the engine."""
+from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
-from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap, munmap
 
+from qtfs_common.protocol cimport MOUNT_LET_GO, MOUNT_READ_ONLY, MOUNT_WATCH
+from qtfs_common.transport cimport now_us
+from qtfs_server.chores cimport chore_add
 from qtfs_server.descriptors cimport close_counted, close_node
-from qtfs_server.includes.linux cimport atomic_add_int, pthread_mutex_destroy, pthread_mutex_init, \
-    pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock
+from qtfs_server.fd_store cimport unstore_later
+from qtfs_server.includes.linux cimport atomic_add_int, atomic_load_int, atomic_set_int_if, pthread_mutex_destroy, \
+    pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock
+from qtfs_server.state_file cimport DEVICES, HANDLES, LOCK_NOTES, NODES, RECORDS, SHAPES, SLOTS, TEXTS, grow, \
+    state_free, state_new, state_remove, table
+from qtfs_server.texts cimport text_free_locked
 
 cdef enum:
     LEAST_BUCKETS = 64
@@ -17,57 +23,15 @@ cdef session_function _farewell = NULL
 pthread_mutex_init(&_all_guard, NULL)
 
 
-# ---- tables ------------------------------------------------------------------------------------------------------
-
-cdef record *record_at(session *s, uint32_t index) noexcept nogil:
-    """The record of an index below record_count."""
-    return &s.record_chunks[index // CHUNK][index % CHUNK]
-
-
-cdef handle *handle_at(session *s, uint32_t index) noexcept nogil:
-    """The handle of an index below handle_count."""
-    return &s.handle_chunks[index // CHUNK][index % CHUNK]
-
-
-cdef void **grown_chunks(void **chunks, uint32_t count, size_t item_bytes) noexcept nogil:
-    """Make room for item `count` of a chunked table. The table, moved perhaps, or NULL: then the old one is good.
-
-    Chunks are mapped, not malloc'ed: all of a large table goes back to the system when its session ends.
-    """
-    cdef uint32_t chunk = count // CHUNK
-    cdef void **larger
-    cdef void *fresh
-    if chunks != NULL and count % CHUNK != 0:
-        return chunks
-    fresh = mmap(NULL, CHUNK * item_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
-    if fresh == MAP_FAILED:
-        return NULL
-    larger = <void **>realloc(chunks, (chunk + 1) * sizeof(void *))
-    if larger == NULL:
-        munmap(fresh, CHUNK * item_bytes)
-        return NULL
-    larger[chunk] = fresh
-    return larger
-
-
-cdef void _free_chunks(void **chunks, uint32_t count, size_t item_bytes) noexcept nogil:
-    cdef uint32_t i
-    for i in range((count + CHUNK - 1) // CHUNK):
-        if chunks != NULL:
-            munmap(chunks[i], CHUNK * item_bytes)
-    free(chunks)
-
+# ---- nodes ---------------------------------------------------------------------------------------------------------
 
 cdef node *node_new_locked(session *s) noexcept nogil:
-    """A node of zeros, or NULL. Not malloc's: nodes come and go in all threads, and would leave holes in its arenas."""
+    """A node of zeros, or NULL."""
     cdef node *n = s.spare_nodes
-    cdef node **chunks
     if n == NULL:
-        chunks = <node **>grown_chunks(<void **>s.node_chunks, s.node_count, sizeof(node))
-        if chunks == NULL:
+        if grow(s.state_fd, s.state, NODES, s.node_count) < 0:
             return NULL
-        s.node_chunks = chunks
-        n = &chunks[s.node_count // CHUNK][s.node_count % CHUNK]
+        n = &s.nodes[s.node_count]
         s.node_count += 1
     else:
         s.spare_nodes = n.next_open
@@ -77,6 +41,8 @@ cdef node *node_new_locked(session *s) noexcept nogil:
 
 cdef void node_free_locked(session *s, node *n) noexcept nogil:
     """Give a node back, with what it keeps to be opened again; its descriptor is closed."""
+    n.index = NO_INDEX
+    text_free_locked(s, n.path)
     free(n.revive)
     n.next_open = s.spare_nodes
     s.spare_nodes = n
@@ -84,29 +50,65 @@ cdef void node_free_locked(session *s, node *n) noexcept nogil:
 
 # ---- life --------------------------------------------------------------------------------------------------------
 
-cdef session *session_new(uint64_t id, const uint8_t *secret, uint32_t salt, uint32_t slots) noexcept nogil:
-    """An empty session with one reference, or NULL."""
+cdef session *_session_on(state_header *state, int fd) noexcept nogil:
+    """A session whose tables lie in a file, which is taken over; or NULL."""
     cdef session *s = <session *>calloc(1, sizeof(session))
-    if s == NULL:
-        return NULL
-    s.slot_table = <slot *>calloc(slots, sizeof(slot))
-    s.buckets = <uint32_t *>calloc(LEAST_BUCKETS, sizeof(uint32_t))
-    if s.slot_table == NULL or s.buckets == NULL:
-        free(s.slot_table)
-        free(s.buckets)
+    if s != NULL:
+        s.buckets = <uint32_t *>calloc(LEAST_BUCKETS, sizeof(uint32_t))
+    if s == NULL or s.buckets == NULL:
+        state_free(state, fd)
         free(s)
         return NULL
+    s.state = state
+    s.state_fd = fd
+    s.slot_table = <slot *>table(state, SLOTS)
+    s.devices = <device *>table(state, DEVICES)
+    s.shapes = <shape *>table(state, SHAPES)
+    s.records = <record *>table(state, RECORDS)
+    s.nodes = <node *>table(state, NODES)
+    s.handles = <handle *>table(state, HANDLES)
+    s.texts = <text_cell *>table(state, TEXTS)
+    s.lock_notes = <lock_note *>table(state, LOCK_NOTES)
     s.bucket_mask = LEAST_BUCKETS - 1
-    s.id = id
-    memcpy(s.secret, secret, sizeof(s.secret))
-    s.salt = salt
-    s.slots = slots
-    s.record_count = s.shape_count = s.handle_count = 1
+    s.id = state.id
+    memcpy(s.secret, state.secret, sizeof(s.secret))
+    s.salt = state.salt
+    s.slots = state.slots
+    s.read_only = state.mount_flags & MOUNT_READ_ONLY
+    s.watches_mounts = state.mount_flags & MOUNT_WATCH
+    s.lets_root_go = state.mount_flags & MOUNT_LET_GO
     s.references = 1
     s.outbox_end = &s.outbox
     pthread_mutex_init(&s.guard, NULL)
     pthread_mutex_init(&s.outbox_guard, NULL)
-    _list(s)
+    return s
+
+
+cdef session *session_new(uint64_t id, const uint8_t *secret, uint32_t salt, uint32_t slots, uint32_t mount_flags,
+                          const char *root) noexcept nogil:
+    """An empty session with one reference, or NULL."""
+    cdef int fd = -1
+    cdef state_header *state = state_new(id, secret, salt, slots, mount_flags, root, &fd)
+    cdef session *s = _session_on(state, fd) if state != NULL else NULL
+    if s != NULL:
+        s.record_count = s.shape_count = s.handle_count = s.text_count = s.lock_note_count = 1
+        _list(s)
+    return s
+
+
+cdef session *session_of_state(state_header *state, int fd) noexcept nogil:
+    """The session that a former engine left, its tables still to be put in order (recovery.pyx); NULL without memory."""
+    cdef session *s = _session_on(state, fd)
+    if s != NULL:
+        s.record_count = max(state.ready[<int>RECORDS], <uint32_t>1)
+        s.shape_count = max(state.ready[<int>SHAPES], <uint32_t>1)
+        s.handle_count = max(state.ready[<int>HANDLES], <uint32_t>1)
+        s.text_count = max(state.ready[<int>TEXTS], <uint32_t>1)
+        s.lock_note_count = max(state.ready[<int>LOCK_NOTES], <uint32_t>1)
+        s.node_count = state.ready[<int>NODES]
+        s.device_count = state.ready[<int>DEVICES]
+        s.event_number = now_us()   # beyond what the engine before us may have sent: more than one in a microsecond
+        _list(s)
     return s
 
 
@@ -118,9 +120,6 @@ cdef void _free_nodes(session *s) noexcept nogil:
             n = record_at(s, i).body.awake
             close_node(n.fd)
             free(n.revive)
-    _free_chunks(<void **>s.node_chunks, s.node_count, sizeof(node))
-    _free_chunks(<void **>s.record_chunks, s.record_count, sizeof(record))
-    free(s.shapes)
 
 
 cdef void _free_handles(session *s) noexcept nogil:
@@ -128,27 +127,33 @@ cdef void _free_handles(session *s) noexcept nogil:
     for i in range(1, s.handle_count):
         if handle_at(s, i).flags & HANDLE_IN_USE:
             close_counted(handle_at(s, i).fd)
-    _free_chunks(<void **>s.handle_chunks, s.handle_count, sizeof(handle))
+            if handle_at(s, i).flags & HANDLE_STORED:
+                unstore_later(s.id, i, handle_at(s, i).generation)
 
 
 cdef void _session_free(session *s) noexcept nogil:
     """Close and free everything; nobody holds the session any more."""
     cdef outgoing *message
+    cdef carried_write *write
     cdef uint32_t i
     _free_handles(s)
     _free_nodes(s)
     for i in range(s.device_count):
         close_counted(s.devices[i].mount_fd)
     for i in range(s.slots):
-        free(s.slot_table[i].saved)
-    free(s.devices)
+        free(s.slot_table[i].long_reply)
+    state_remove(s.id)
+    state_free(s.state, s.state_fd)
     free(s.holders)
-    free(s.slot_table)
     free(s.buckets)
     while s.outbox != NULL:
         message = s.outbox
         s.outbox = message.next
         free(message)
+    while s.carried != NULL:
+        write = s.carried
+        s.carried = write.next
+        free(write)
     pthread_mutex_destroy(&s.guard)
     pthread_mutex_destroy(&s.outbox_guard)
     free(s)
@@ -162,18 +167,23 @@ cdef void set_farewell(session_function farewell) noexcept nogil:
 
 cdef bint session_hold(session *s) noexcept nogil:
     """Take a reference, unless the last one is gone and somebody is about to free the session."""
-    if atomic_add_int(&s.references, 1) > 1:
-        return True
-    atomic_add_int(&s.references, -1)
-    return False
+    cdef int32_t held = atomic_load_int(&s.references)
+    while held > 0 and not atomic_set_int_if(&s.references, &held, held + 1):
+        pass
+    return held > 0
+
+
+cdef void _bury(void *s) noexcept nogil:
+    _farewell(<session *>s)
+    _session_free(<session *>s)
 
 
 cdef void session_unref(session *s) noexcept nogil:
-    """Give a reference back; the last one frees the session."""
+    """Give a reference back; after the last one the session is freed, by a thread that may hang in close(2)."""
     if atomic_add_int(&s.references, -1) == 0:
         _unlist(s)
-        _farewell(s)
-        _session_free(s)
+        if not chore_add(_bury, s):
+            _bury(s)
 
 
 # ---- all of them -------------------------------------------------------------------------------------------------
@@ -223,8 +233,7 @@ cdef session *session_after(session *s) noexcept nogil:
     cdef session *found
     pthread_mutex_lock(&_all_guard)
     found = s.next if s != NULL else _all
-    while found != NULL and atomic_add_int(&found.references, 1) == 1:
-        atomic_add_int(&found.references, -1)   # as above
+    while found != NULL and not session_hold(found):
         found = found.next
     pthread_mutex_unlock(&_all_guard)
     if s != NULL:

@@ -10,4 +10,5 @@ cdef struct splice_pipe:            # a worker's own
 
 cdef bint pipe_make(splice_pipe *p) noexcept nogil
 cdef bint pipe_fill(splice_pipe *p, int fd, size_t size, uint64_t offset) noexcept nogil
+cdef ssize_t pipe_empty_into(splice_pipe *p, int fd, size_t size, uint64_t offset) noexcept nogil
 cdef void pipe_drop(splice_pipe *p) noexcept nogil

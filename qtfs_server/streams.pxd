@@ -36,5 +36,8 @@ cdef uint32_t stream_take_news(handle *h) noexcept nogil
 cdef bint stream_cancel(session *s, uint64_t tag) noexcept nogil
 cdef void abandon_stream_waits(session *s) noexcept nogil
 cdef void end_streams(session *s) noexcept nogil
+cdef list writes_begun(session *s)
+cdef int carry_write(session *s, uint64_t tag, uint32_t done) except -1
 cdef void watch_streams() noexcept nogil
 cdef void stop_watching_streams() noexcept nogil
+cdef void go_on_watching_streams() noexcept nogil

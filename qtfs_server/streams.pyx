@@ -15,51 +15,18 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy
 
+from qtfs_common.includes.polling cimport EFD_CLOEXEC, EFD_NONBLOCK, EPOLLET, EPOLLIN, EPOLLOUT, \
+    EPOLLPRI, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD, POLLERR, POLLPRI, epoll_create1, epoll_ctl, \
+    epoll_event, epoll_wait, eventfd, eventfd_read, eventfd_write, poll, pollfd
 from qtfs_common.protocol cimport MAX_PAYLOAD, OP_READ, OP_READY, OP_WRITE, count_reply
-from qtfs_server.events cimport event_answered, event_bell, event_notify, event_reply, flush_blocked
+from qtfs_server.events cimport event_answered, event_bell, event_has_room, event_notify, event_reply, flush_blocked
 from qtfs_server.handles cimport handle_unpin, set_stream_functions
 from qtfs_server.includes.linux cimport F_GETFL, O_ACCMODE, O_RDWR, fcntl, pthread_cond_broadcast, pthread_cond_init, \
     pthread_cond_t, pthread_cond_wait, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, \
     pthread_mutex_unlock
 from qtfs_server.openers cimport press_cancelled
-from qtfs_server.session cimport HANDLE_STREAM, handle, session, session_hold, session_unref
-
-cdef extern from "<sys/epoll.h>" nogil:
-    enum:
-        EPOLLIN
-        EPOLLOUT
-        EPOLLPRI
-        EPOLLET
-        EPOLL_CTL_ADD
-        EPOLL_CTL_DEL
-        EPOLL_CTL_MOD
-        EPOLL_CLOEXEC
-    ctypedef union epoll_data_t:
-        void *ptr
-    struct epoll_event:
-        uint32_t events
-        epoll_data_t data
-    int epoll_create1(int)
-    int epoll_ctl(int, int, int, epoll_event *)
-    int epoll_wait(int, epoll_event *, int, int)
-
-cdef extern from "<sys/eventfd.h>" nogil:
-    enum:
-        EFD_CLOEXEC
-        EFD_NONBLOCK
-    int eventfd(unsigned int, int)
-    int eventfd_read(int, uint64_t *)
-    int eventfd_write(int, uint64_t)
-
-cdef extern from "<poll.h>" nogil:
-    struct pollfd:
-        int fd
-        short events
-        short revents
-    enum:
-        POLLPRI
-        POLLERR
-    int poll(pollfd *, unsigned long, int)
+from qtfs_server.session cimport HANDLE_STREAM, carried_write, handle, session, session_hold, session_unref
+from qtfs_server.shares cimport SHARE_STREAM_BYTES, SHARE_STREAM_WAITS, share_give, share_take
 
 cdef extern from "<unistd.h>" nogil:
     ssize_t read(int, void *, size_t)
@@ -188,7 +155,10 @@ cdef void _bury() noexcept nogil:
 
 cdef bint _try_read_locked(stream *st, const stream_wait *wait, uint8_t *buffer) noexcept nogil:
     """Read for one who waits; False: go on waiting."""
-    cdef ssize_t got = read(st.fd, buffer, min(wait.size, <uint32_t>MAX_PAYLOAD))
+    cdef ssize_t got
+    if not event_has_room(st.s):
+        return False                    # until it is asked again
+    got = read(st.fd, buffer, min(wait.size, <uint32_t>MAX_PAYLOAD))
     if got < 0 and errno in (EAGAIN, EINTR):
         return False
     event_reply(st.s, OP_READ, wait.tag, -errno if got < 0 else 0, buffer, max(got, 0))
@@ -248,12 +218,30 @@ cdef stream_wait *_serve_waits_locked(stream *st, uint8_t *buffer) noexcept nogi
     return answered
 
 
+cdef bint _has_share(session *s, uint16_t op, uint32_t size) noexcept nogil:
+    """Whether one more of the session may wait; then that is counted."""
+    if not share_take(s, SHARE_STREAM_WAITS, 1):
+        return False
+    if op != OP_WRITE or share_take(s, SHARE_STREAM_BYTES, size):
+        return True
+    share_give(s, SHARE_STREAM_WAITS, 1)
+    return False
+
+
+cdef void _free_wait(session *s, stream_wait *wait, uint16_t op, uint32_t size) noexcept nogil:
+    """The opposite of _has_share and _new_wait, which may have failed."""
+    free(wait)
+    share_give(s, SHARE_STREAM_WAITS, 1)
+    if op == OP_WRITE:
+        share_give(s, SHARE_STREAM_BYTES, size)
+
+
 cdef void _release_answered(session *s, handle *h, stream_wait *wait) noexcept nogil:
     """Let go of waits that have ended; the last pin takes handle and stream along."""
     cdef stream_wait *following
     while wait != NULL:
         following = wait.next
-        free(wait)
+        _free_wait(s, wait, wait.op, wait.size)
         handle_unpin(s, h)
         wait = following
 
@@ -303,32 +291,85 @@ cdef stream_wait *_new_wait(uint16_t op, uint64_t tag, const uint8_t *data, uint
     return wait
 
 
+cdef list writes_begun(session *s):
+    """(tag, bytes done) of the writes of a session that wait and have done something. No thread serves streams."""
+    cdef stream *st = _all
+    cdef stream_wait *wait
+    found = []
+    while st != NULL:
+        wait = st.waits if st.s == s else NULL
+        while wait != NULL:
+            if wait.done > 0:
+                found.append((wait.tag, wait.done))
+            wait = wait.next
+        st = st.next
+    return found
+
+
+cdef int carry_write(session *s, uint64_t tag, uint32_t done) except -1:
+    """When that WRITE comes again, so many bytes of it are done."""
+    cdef carried_write *write = <carried_write *>malloc(sizeof(carried_write))
+    if write == NULL:
+        raise MemoryError
+    write.tag = tag
+    write.done = done
+    write.next = s.carried
+    s.carried = write
+    return 0
+
+
+cdef uint32_t _take_carried(session *s, uint64_t tag) noexcept nogil:
+    """How much of a WRITE an engine before us has done."""
+    cdef carried_write **at
+    cdef carried_write *found
+    cdef uint32_t done = 0
+    pthread_mutex_lock(&_all_guard)
+    at = &s.carried
+    while at[0] != NULL and at[0].tag != tag:
+        at = &at[0].next
+    found = at[0]
+    if found != NULL:
+        done = found.done
+        at[0] = found.next
+    pthread_mutex_unlock(&_all_guard)
+    free(found)
+    return done
+
+
 cdef int stream_wait_for(session *s, handle *h, uint16_t op, uint64_t tag, const uint8_t *data, uint32_t size,
                          uint8_t *buffer) noexcept nogil:
     """Answer a READ or WRITE of the event channel once it can be done. The handle's pin is taken over unless it fails.
 
-    0; -EAGAIN: there is no way to wait for this file; -ENOMEM. A tag that waits already, or has just been answered, is
-    the same request once more. `buffer`: MAX_PAYLOAD bytes to work in.
+    0; -EAGAIN: there is no way to wait for this file, or too many wait already; -ENOMEM. A tag that waits already, or
+    has just been answered, is the same request once more. `buffer`: MAX_PAYLOAD bytes to work in.
     """
     cdef stream *st = _stream_of(s, h)
-    cdef stream_wait *wait = _new_wait(op, tag, data, size)
+    cdef stream_wait *wait
+    cdef stream_wait *answered
     cdef stream_wait **at
     cdef int error
+    if not _has_share(s, op, size):
+        return -EAGAIN
+    wait = _new_wait(op, tag, data, size)
     if st == NULL or wait == NULL:
-        free(wait)
+        _free_wait(s, wait, op, size)
         return -ENOMEM
+    if op == OP_WRITE and s.carried != NULL:
+        wait.done = min(_take_carried(s, tag), size)
     pthread_mutex_lock(&st.guard)
     error = _watch_locked(st, _widened(st, <uint32_t>EPOLLIN if op == OP_READ else <uint32_t>EPOLLOUT))
     if error < 0:
         pthread_mutex_unlock(&st.guard)
-        free(wait)
+        _free_wait(s, wait, op, size)
         return -EAGAIN if error == -EPERM else error
     at = _find_wait_locked(st, tag)
     # Under the guard, which whoever answers holds: otherwise it could be answered between the two looks, and run twice.
     if at[0] == NULL and not event_answered(s, op, tag):
         at[0] = wait
-        wait = _serve_waits_locked(st, buffer)      # its edge may have come already
+        wait = NULL
+    answered = _serve_waits_locked(st, buffer)      # its edge may have come already, and found no room for the answer
     pthread_mutex_unlock(&st.guard)
+    _release_answered(s, h, answered)
     _release_answered(s, h, wait)
     return 0
 
@@ -456,7 +497,7 @@ cdef int stream_arm(session *s, handle *h, uint64_t notify, uint32_t events) noe
     cdef stream *st = _stream_of(s, h)
     cdef uint32_t missing
     cdef int error = 0
-    if st == NULL:
+    if st == NULL or not event_has_room(s):
         return -ENOMEM
     pthread_mutex_lock(&st.guard)
     # Without any event asked for, errors and hang-ups are still of interest.
@@ -469,7 +510,7 @@ cdef int stream_arm(session *s, handle *h, uint64_t notify, uint32_t events) noe
     if error < 0:
         return error
     pthread_mutex_lock(&st.guard)
-    st.notify = notify
+    st.notify = h.notify = notify
     st.armed = True
     pthread_mutex_unlock(&st.guard)
     return 0
@@ -477,6 +518,7 @@ cdef int stream_arm(session *s, handle *h, uint64_t notify, uint32_t events) noe
 
 cdef void _notify_locked(stream *st) noexcept nogil:
     st.armed = False
+    st.h.notify = 0
     event_notify(st.s, OP_READY, st.notify)
 
 
@@ -586,3 +628,9 @@ cdef void stop_watching_streams() noexcept nogil:
     pthread_cond_broadcast(&_delivered)
     pthread_mutex_unlock(&_post_guard)
     eventfd_write(_bell, 1)
+
+
+cdef void go_on_watching_streams() noexcept nogil:
+    """Let there be such a thread again."""
+    global _stopping
+    _stopping = False

@@ -1,7 +1,8 @@
 #!/bin/sh
 # Installs what is missing, and says nothing and asks no network if nothing is.
 #
-#   deps.sh [build] [test] [bench]   system packages of these groups (needs root if something is missing)
+#   deps.sh [build] [test] [bench] [fuzz]   system packages of these groups (needs root if something is missing)
+#   deps.sh atheris                  what fuzzing is guided by, into .venv; without it fuzzing is blind, and says so
 #   deps.sh venv                     .venv with the Python packages of pyproject.toml
 #   deps.sh kernel                   a kernel for the tests that boot a guest (scripts/guest-kernel.sh)
 #   deps.sh python                   prints the interpreter that .venv is or would be made from
@@ -22,12 +23,14 @@ packages() { # GROUP FAMILY
     deb:test) echo git rsync sqlite3 fio stress-ng tar make perl gettext-base autoconf automake libtool e2fsprogs \
         qemu-system-x86 busybox-static cpio ;;
     deb:bench) echo sshfs openssh-sftp-server fio git tar ;;
+    deb:fuzz) echo clang ;;
     deb:python) echo python3-venv python3-dev ;;
     rpm:build) echo gcc glibc-devel pkgconf fuse3 fuse3-devel fuse-devel acl attr util-linux iproute kmod strace \
         procps-ng ;;
     rpm:test) echo git rsync sqlite fio stress-ng tar make perl gettext autoconf automake libtool e2fsprogs \
         qemu-system-x86 busybox cpio ;;
     rpm:bench) echo fuse-sshfs openssh-server fio git tar ;;
+    rpm:fuzz) echo clang ;;
     rpm:python) if rpm_python3_is_old; then echo python3.11 python3.11-pip python3.11-devel; else
         echo python3 python3-pip python3-devel; fi ;;
     *) die "no packages known for '$1'" ;;
@@ -128,7 +131,7 @@ with open(sys.argv[1], "rb") as f:
     t = tomllib.load(f)
 p = t["project"]
 extras = p["optional-dependencies"]
-print("\n".join(extras["llfuse"] if sys.argv[2] == "llfuse" else t["build-system"]["requires"] + p["dependencies"] + extras["dev"]))
+print("\n".join(extras[sys.argv[2]] if sys.argv[2] in extras else t["build-system"]["requires"] + p["dependencies"] + extras["dev"]))
 PY
 }
 
@@ -171,6 +174,13 @@ venv() {
     venv_key >"$stamp"
 }
 
+atheris() {
+    ! "$root/.venv/bin/python" -c 'import atheris' 2>/dev/null || return 0
+    requirements "$root/.venv/bin/python" fuzz >"$root/.venv/requirements-fuzz.txt"
+    "$root/.venv/bin/python" -I -m pip install -qq --disable-pip-version-check -r "$root/.venv/requirements-fuzz.txt" ||
+        say "atheris cannot be had: fuzzing will not be guided by coverage"
+}
+
 # --------------------------------------------------------------------------------------------------------- main
 
 # Two makes in one checkout must not fill one .venv at once.
@@ -182,9 +192,9 @@ fi
 groups=
 for arg; do
     case $arg in
-    build | test | bench) groups="$groups $arg" ;;
-    venv | kernel | python) ;;
-    *) die "unknown: $arg (build, test, bench, venv, kernel, python)" ;;
+    build | test | bench | fuzz) groups="$groups $arg" ;;
+    venv | atheris | kernel | python) ;;
+    *) die "unknown: $arg (build, test, bench, fuzz, venv, atheris, kernel, python)" ;;
     esac
 done
 # shellcheck disable=SC2086
@@ -192,6 +202,7 @@ done
 for arg; do
     case $arg in
     venv) venv ;;
+    atheris) atheris ;;
     python) python ;;
     kernel) "$root/scripts/guest-kernel.sh" >/dev/null || say "no guest kernel: tests that boot one are skipped" ;;
     esac

@@ -2,19 +2,78 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import gc
+import os
+import signal
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
 from harness.engine_process import TRANSPORTS, EngineProcess, everything_below
-from harness.leaks import nothing_left
+from harness.leaks import (
+    RUN,
+    SESSION_VARIABLE,
+    alone_with_mounts,
+    end_processes,
+    left_open,
+    nothing_left,
+    our_processes,
+    resources,
+    thread_count,
+)
 from harness.session import Session
 from harness.waiting import wait_until
+from xdist.scheduler import LoadScopeScheduling
+
+QUICK_ERRAND_THREADS = 2
+
+#: What a second worker runs meanwhile: guests and builds, which share nothing with other tests, and what mostly waits.
+#: Two workers for everything would do it faster, but tests with a time limit are then seldom alone on two processors.
+APART = (
+    *("level2_server/test_leaks.py", "level2_server/test_stuck_exports.py", "level3_mount/test_stuck_mounts.py"),
+    *("level3_mount/test_waiting_calls.py", "test_installation.py", "level6_vm/"),
+)
+
+# A shell that runs us in the background has it ignored, and all that we start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples in every run; how long one takes is the machine's business, pytest-timeout ends what hangs.
 hypothesis.settings.register_profile("qtfs", deadline=None, derandomize=True, print_blob=False)
 hypothesis.settings.load_profile("qtfs")
+
+
+class TwoParts(LoadScopeScheduling):
+    def _split_scope(self, nodeid: str) -> str:
+        return "apart" if any(part in nodeid for part in APART) else "everything else"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> TwoParts | None:
+    return TwoParts(config, log) if config.getoption("dist") == "loadscope" else None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A mount namespace for each of xdist's workers: copies of mounts in the namespaces of others keep them alive."""
+    if not hasattr(config, "workerinput"):
+        os.environ[SESSION_VARIABLE] = RUN
+    elif os.geteuid() == 0:
+        alone_with_mounts()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """A worker that was ended, as by a timeout, cleans nothing up. Its mounts end with its namespace."""
+    if not hasattr(config, "workerinput"):
+        end_processes(our_processes(SESSION_VARIABLE, RUN))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Names that are not UTF-8 are shown as escapes: xdist's channel takes no others."""
+    report = yield
+    report.sections = [(title, text.encode(errors="backslashreplace").decode()) for title, text in report.sections]
+    return report
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -24,13 +83,27 @@ def _nothing_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def _nothing_left_by_the_test() -> Iterator[None]:
+    """Set up before a test's other fixtures and torn down behind them: no descriptor or thread of the test is left."""
+    before = resources()
+    yield
+    if left_open(before):
+        gc.collect()  # an exception keeps what its traceback knows
+    wait_until(lambda: not left_open(before), f"the test's descriptors and threads to end: {left_open(before)}", 10)
+
+
 @pytest.fixture(scope="session", params=TRANSPORTS)
 def common_engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
     """One engine of each transport for all tests that do not need one of their own; everything is allowed."""
     area = tmp_path_factory.mktemp(f"engine-{request.param}")
     rules = everything_below(tmp_path_factory.getbasetemp())
     with EngineProcess(area, request.param, rules=rules).running() as engine:
+        threads = thread_count(engine.pid)
         yield engine
+        # Openers end when they have had nothing to do for five seconds; those for quick errands stay.
+        most = threads + QUICK_ERRAND_THREADS
+        wait_until(lambda: thread_count(engine.pid) <= most, "the engine's threads to be as many as at first", 15)
 
 
 @pytest.fixture

@@ -34,6 +34,9 @@ class Driver(Protocol):
     def forget_name(self, directory: int, name: bytes) -> None:
         """Make the kernel look a name up again, in a directory given by its node. Not from a handler of requests."""
 
+    def figures(self) -> dict[str, object]:
+        """Counters for the control socket, see doc/control.md. From any thread."""
+
     def mount(self) -> None:
         """Attach the file system to the mount point. Raises MountError."""
 

@@ -20,7 +20,6 @@ signal handlers run in the main thread.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import functools
 import importlib
@@ -37,6 +36,7 @@ from typing import Any, NamedTuple, TypeVar
 from qtfs_client.connection import Engine, Ticket
 from qtfs_client.drivers import MountError, mount_options
 from qtfs_client.drivers.fuse3.callers import wants_to_open
+from qtfs_client.mountpoint import detach
 from qtfs_client.options import DEFAULT_MAX_READ, MountOptions
 from qtfs_client.remote import (
     MAX_GROUPS,
@@ -87,7 +87,6 @@ _NOW_NS = 2 * 10**9
 #: The kernel refuses larger ones.
 _LARGEST_ERRNO = 511
 _JOIN_S = 0.2
-_MNT_DETACH = 2
 _HANDLE_WRITABLE = 1
 _OPENED_BY_THE_KERNEL = frozenset((stat.S_IFIFO, stat.S_IFCHR, stat.S_IFBLK))
 _CAPABILITY = b"security.capability"
@@ -541,8 +540,8 @@ def _detach_mountpoint(mountpoint: str) -> None:
     if os.geteuid() != 0:
         subprocess.run(["fusermount", "-u", "-z", "--", mountpoint], check=False, capture_output=True)
         return
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.umount2(os.fsencode(mountpoint), _MNT_DETACH)
+    with contextlib.suppress(OSError):
+        detach(mountpoint)
 
 
 class LlfuseDriver:
@@ -580,6 +579,10 @@ class LlfuseDriver:
             if self._mounted and not self._detached:
                 llfuse.invalidate_entry(directory, name)
 
+    def figures(self) -> dict[str, object]:
+        """Counters for the control socket."""
+        return {"driver": "llfuse", **self._fs.figures()}
+
     def mount(self) -> None:
         """Attach the file system to the mount point. Raises MountError."""
         mountpoint = self._options.mountpoint
@@ -606,6 +609,7 @@ class LlfuseDriver:
         self._loop = threading.Thread(target=self._run, name="llfuse", daemon=True)
         self._loop.start()
         self._loop.join()
+        self._fs.stop()  # who forgets something may wait for the server
         self._operations.stop()
         if self._failure is not None:
             raise self._failure

@@ -7,6 +7,8 @@ from libc.errno cimport errno
 from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memset
 
+from qtfs_common.includes.polling cimport POLLERR, poll, pollfd
+
 import os
 import threading
 
@@ -39,19 +41,35 @@ cdef extern from "<fcntl.h>" nogil:
     enum:
         AT_FDCWD
         O_CLOEXEC
+
+    enum:
         O_DIRECTORY
         O_RDONLY
-    int open(const char *, int, ...)
+    int open(const char *, int)
 
 cdef extern from "<unistd.h>" nogil:
-    int close(int)
-    int syncfs(int)
-
-cdef extern from "<sys/mount.h>" nogil:
     enum:
-        MNT_DETACH
-        UMOUNT_NOFOLLOW
-    int umount2(const char *, int)
+        _SC_OPEN_MAX
+    int close(int)
+    int dup2(int, int)
+    void _exit(int)
+    int fork()
+    int pipe2(int *, int)
+    int syncfs(int)
+    long syscall(long, ...)
+    long sysconf(int)
+
+cdef extern from "<sys/syscall.h>" nogil:
+    enum:
+        SYS_close_range
+
+cdef extern from "<sys/stat.h>" nogil:
+    enum:
+        AT_STATX_DONT_SYNC
+    struct statx_t "statx":
+        uint32_t stx_dev_major
+        uint32_t stx_dev_minor
+    int statx(int, const char *, int, unsigned int, statx_t *)
 
 cdef extern from "<sched.h>" nogil:
     enum:
@@ -120,16 +138,30 @@ cdef fuse_session *_new_session(list arguments) except NULL:
     return session
 
 
+cdef void _free_without_unmounting(fuse_session *session) noexcept nogil:
+    """Destroy a session with all that it keeps. Its mount point may be another's by now.
+
+    fuse_session_destroy() leaves the mount point's name to fuse_session_unmount(), which unmounts nothing if its device is
+    in error: then the file system has ended. So it gets one that is: a pipe that nobody reads.
+    """
+    cdef int ends[2]
+    if pipe2(ends, O_CLOEXEC) == 0:
+        close(ends[0])
+        if dup2(ends[1], fuse_session_fd(session)) >= 0:
+            fuse_session_unmount(session)
+        close(ends[1])
+    fuse_session_destroy(session)
+
+
 cdef class FuseMount:
     """One attached file system. Its device speaks the protocol of linux/fuse.h, beginning with INIT."""
     cdef fuse_session *session
     cdef object lock
-    cdef bytes path
 
     def __init__(self, str mountpoint, options):
         """Mount on a directory; `options` are words and key=value for mount.fuse3(8). Raises MountError."""
-        self.path = os.fsencode(mountpoint)
-        cdef const char *path_text = self.path
+        cdef bytes path = os.fsencode(mountpoint)
+        cdef const char *path_text = path
         cdef int status
         self.lock = threading.Lock()
         fuse_set_log_func(_note_complaint)
@@ -147,45 +179,93 @@ cdef class FuseMount:
         """A descriptor of /dev/fuse for this mount; it belongs to the caller."""
         return os.dup(fuse_session_fd(self.session))
 
-    def write_back(self) -> None:
-        """syncfs(2): whatever pages of shared mappings wait to be written. Errors are the business of msync(2)."""
-        cdef int fd = open(self.path, O_RDONLY | O_DIRECTORY | O_CLOEXEC)
-        if fd >= 0:
-            with nogil:
-                syncfs(fd)
-                close(fd)
+    def disconnect(self) -> None:
+        """Close the device, while the mount point stays. If nobody else has it open, whatever is under way there fails."""
+        cdef pollfd device
+        with self.lock:
+            if self.session == NULL:
+                return
+            device.fd = fuse_session_fd(self.session)
+            device.events = 0
+            if poll(&device, 1, 0) == 1 and device.revents & POLLERR:
+                return                  # it has ended; libfuse has to see that, to leave the mount point alone
+            close_under(device.fd)
 
     def unmount(self) -> None:
         """Take the file system away from the mount point if it is still there; more than once does no harm."""
-        cdef fuse_session *session
-        with self.lock:
-            session, self.session = self.session, NULL
-            if session == NULL:
-                return
+        cdef fuse_session *session = self._take()
+        if session != NULL:
             with nogil:
                 fuse_session_unmount(session)
                 fuse_session_destroy(session)
 
-
     def abandon(self) -> None:
         """End the file system where it still is, without looking for the mount point, which may be another's by now."""
-        cdef fuse_session *session
+        cdef fuse_session *session = self._take()
+        if session != NULL:
+            with nogil:
+                _free_without_unmounting(session)
+
+    cdef fuse_session *_take(self) except? NULL:
+        """The session, once: nobody waits for who unmounts it, who may wait himself for what is under way there."""
+        cdef fuse_session *session = NULL
         with self.lock:
             session, self.session = self.session, NULL
-            if session != NULL:
-                with nogil:
-                    fuse_session_destroy(session)
+        return session
+
+    def __dealloc__(self):
+        if self.session != NULL:
+            fuse_session_unmount(self.session)
+            fuse_session_destroy(self.session)
 
 
-def detach(str mountpoint) -> None:
-    """umount2(2) with MNT_DETACH of whatever is mounted there. Raises OSError."""
+def close_under(int fd) -> None:
+    """Close what a descriptor stands for and keep its number, for threads that may still use it."""
+    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        os.dup2(null, fd, inheritable=False)
+    finally:
+        os.close(null)
+
+
+cdef void _write_back(const char *path) noexcept nogil:
+    """What a child does: with none of our descriptors, as one on /dev/fuse would keep everybody waiting when we are killed."""
+    cdef int fd
+    if syscall(SYS_close_range, 0, ~<unsigned int>0, 0) < 0:
+        for fd in range(<int>sysconf(_SC_OPEN_MAX)):        # before Linux 5.9
+            close(fd)
+    fd = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC)
+    _exit(0 if fd >= 0 and syncfs(fd) == 0 else 1)
+
+
+def start_writing_back(str mountpoint) -> int:
+    """Write what programs changed in the memory of a file system: syncfs(2), by a child, whose pid it is. Raises OSError.
+
+    No program is executed: after `enter_mount_namespace` it would be one of that namespace.
+    """
     cdef bytes path = os.fsencode(mountpoint)
     cdef const char *text = path
+    cdef int pid
+    with nogil:
+        pid = fork()
+        if pid == 0:
+            _write_back(text)
+    if pid < 0:
+        raise OSError(errno, os.strerror(errno))
+    return pid
+
+
+def device_number(str path) -> str:
+    """MAJOR:MINOR of the file system that a path leads to, as the kernel knows it: nobody is asked. Raises OSError."""
+    cdef bytes name = os.fsencode(path)
+    cdef const char *text = name
+    cdef statx_t found
     cdef int status
     with nogil:
-        status = umount2(text, MNT_DETACH | UMOUNT_NOFOLLOW)
+        status = statx(AT_FDCWD, text, AT_STATX_DONT_SYNC, 0, &found)
     if status < 0:
-        raise OSError(errno, os.strerror(errno), mountpoint)
+        raise OSError(errno, os.strerror(errno), path)
+    return f"{found.stx_dev_major}:{found.stx_dev_minor}"
 
 
 def node_of(str directory) -> int:

@@ -43,24 +43,6 @@ cdef extern from "<sys/uio.h>" nogil:
         size_t iov_len
     ssize_t writev(int, const iovec *, int)
 
-cdef extern from "<sys/eventfd.h>" nogil:
-    enum:
-        EFD_CLOEXEC
-        EFD_NONBLOCK
-    int eventfd(unsigned int, int)
-    int eventfd_read(int, uint64_t *)
-    int eventfd_write(int, uint64_t)
-
-cdef extern from "<poll.h>" nogil:
-    struct pollfd:
-        int fd
-        short events
-        short revents
-    enum:
-        POLLIN
-        POLLERR
-    int poll(pollfd *, unsigned long, int)
-
 cdef extern from "<pthread.h>" nogil:
     ctypedef struct pthread_mutex_t:
         pass
@@ -100,4 +82,5 @@ cdef extern from *:
     int32_t load_int "qtfs_load"(const int32_t *) nogil
     void store_int "qtfs_store"(int32_t *, int32_t) nogil
     int32_t add_int "qtfs_add"(int32_t *, int32_t) nogil
+    uint64_t add_u64 "qtfs_add"(uint64_t *, uint64_t) nogil
     unsigned long FUSE_DEV_IOC_CLONE "QTFS_FUSE_DEV_IOC_CLONE"

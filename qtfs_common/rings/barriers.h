@@ -1,7 +1,7 @@
 /* Order of accesses to memory that another processor, or a device behind a PCIe bridge, sees too.
  *
  * Sources: GCC manual, "Built-in Functions for Memory Model Aware Atomic Operations"; Intel SDM vol. 3, 9.2.2 and 12.3.1
- * (write-combining memory is not ordered until SFENCE); Arm ARM, B2.7.3 (DMB OSH reaches outer-shareable observers).
+ * (write-combining memory is weakly ordered: stores until SFENCE, loads until LFENCE); Arm ARM, B2.7.3 (DMB OSH reaches outer-shareable observers).
  */
 #ifndef QTFS_BARRIERS_H
 #define QTFS_BARRIERS_H
@@ -10,7 +10,7 @@
 
 #if defined(__x86_64__)
 static inline void ring_write_barrier(void) { __builtin_ia32_sfence(); }
-static inline void ring_read_barrier(void) { __asm__ __volatile__("" ::: "memory"); }
+static inline void ring_read_barrier(void) { __builtin_ia32_lfence(); }
 static inline void ring_full_barrier(void) { __builtin_ia32_mfence(); }
 static inline void ring_pause(void) { __builtin_ia32_pause(); }
 #elif defined(__aarch64__)

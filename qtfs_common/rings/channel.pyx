@@ -9,28 +9,24 @@ checked against our own idea of the area, and messages are copied out whole, but
 nothing but the fixed part in front is looked at (and that once).
 """
 from libc.errno cimport EAGAIN, EBUSY, ECONNRESET, EINTR, EMSGSIZE, ENOMEM, EPROTO, errno
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
-from libc.string cimport memcpy, memset
+from libc.string cimport memcpy
 from posix.unistd cimport close
 
+from qtfs_common.includes.polling cimport POLLIN
 from qtfs_common.protocol cimport OP_READ, OP_WRITE, header
 from qtfs_common.rings.layout cimport BELL_LINK, BELL_MAGIC, RING_ALIGNMENT, RING_SKIP, SLEEPS_BY_LINK, SLEEPS_FOR_MESSAGES, \
     SLEEPS_FOR_ROOM, bell_greeting, ring_line
 from qtfs_common.rings.memory cimport client_line, engine_line, is_lost, reply_area, request_area, ring_full_barrier, \
     ring_load, ring_load_32, ring_memory, ring_publish, ring_store_32, ring_write_barrier
-from qtfs_common.transport cimport INBOX_BYTES, UNTRUSTED_LIMIT, WAIT_READABLE, WAIT_WOKEN, WAIT_WRITABLE, channel, \
+from qtfs_common.transport cimport INBOX_BYTES, WAIT_READABLE, WAIT_WRITABLE, channel, \
     channel_operations, message, poll_socket, release_buffers, socket_channel_init
-
-cdef extern from "<poll.h>" nogil:
-    enum:
-        POLLIN
 
 cdef extern from "<sys/socket.h>" nogil:
     enum:
         MSG_DONTWAIT
         MSG_NOSIGNAL
-        MSG_PEEK
     ssize_t recv(int, void *, size_t, int)
     ssize_t send(int, const void *, size_t, int)
     int shutdown(int, int)
@@ -296,13 +292,13 @@ cdef void _ring_wake(channel *ch) noexcept nogil:
         e.hung_up = True
 
 
-cdef int _ring_wait(channel *ch, int want, int wake_fd, int64_t timeout_us) noexcept nogil:
+cdef int _ring_wait(channel *ch, int want, int wake_fd, int other_fd, int64_t timeout_us) noexcept nogil:
     cdef ring_end *e = _end(ch)
-    cdef bint woken = False
+    cdef int others = 0
     if not _ring_doze(ch, want):
-        poll_socket(ch, POLLIN, wake_fd, timeout_us, &woken)
+        poll_socket(ch, POLLIN, wake_fd, other_fd, timeout_us, &others)
     _ring_wake(ch)
-    return _ready(ch, e, want) | (WAIT_WOKEN if woken else 0)
+    return _ready(ch, e, want) | others
 
 
 cdef void _ring_cut(channel *ch, int how) noexcept nogil:
@@ -478,10 +474,17 @@ cdef class RingConnection(Connection):
         """Whether the engine has turned the claim down, or is gone."""
         return not self.open or _end(&self.ch).hung_up or is_lost(&self.memory.m)
 
+    def receive(self, double timeout_s=30.0) -> tuple[int, int, int, int, int, int, bytes]:
+        """As of any connection. What was copied from memory that vanished meanwhile is not handed out."""
+        got = Connection.receive(self, timeout_s)
+        if is_lost(&self.memory.m):
+            raise ConnectionResetError(ECONNRESET, "the memory has vanished")
+        return got
+
     def listen_for_bell(self, double timeout_s) -> None:
         """Sleep until the engine rings."""
-        cdef bint woken = False
+        cdef int others = 0
         cdef int64_t timeout_us = <int64_t>(timeout_s * 1e6)
         with nogil:
-            poll_socket(&self.ch, POLLIN, -1, timeout_us, &woken)
+            poll_socket(&self.ch, POLLIN, -1, -1, timeout_us, &others)
             _ring_wake(&self.ch)

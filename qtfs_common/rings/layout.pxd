@@ -6,7 +6,7 @@ replies, requests, … Each field is written by one side only. Positions count b
 wrap; a message begins at a multiple of RING_ALIGNMENT and never goes round the end of its area: where it would, the word
 RING_SKIP tells to go on at the beginning.
 """
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 cdef extern from *:
     """

@@ -5,13 +5,13 @@ something to wake for. It looks again after 50 µs when there was something, the
 has been nothing for a while. It also keeps our beat going, and hangs up where the other side's has stopped.
 """
 from libc.errno cimport EAGAIN, EINTR, errno
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memset
 from posix.unistd cimport close, usleep
 
 from qtfs_common.rings.layout cimport BELL_LINK, RING_CHANNELS, SLEEPS_FOR_MESSAGES, SLEEPS_FOR_ROOM, ring_line
 from qtfs_common.rings.memory cimport RingMemory, client_line, control, engine_line, is_lost, ring_load, ring_load_32, \
-    ring_memory, ring_publish
+    ring_publish
 from qtfs_common.transport cimport now_us
 
 import threading
@@ -177,6 +177,6 @@ cdef class Link:
         if self.channels[number].fd > 0:
             close(self.channels[number].fd)
             self.channels[number].fd = 0
-            self.count -= 1
+            self.count = self.count - 1     # nonecheck, in debug builds, knows no -= without the GIL
             if not self.channels[number].accepted:
                 self.channels[number].epoch = 0     # it was turned down, and may be tried again

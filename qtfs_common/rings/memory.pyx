@@ -6,8 +6,8 @@ from libc.errno cimport errno
 from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
-from qtfs_common.rings.layout cimport RING_CHANNELS, RING_LINE_BYTES, RING_LINES_AT, RING_MAGIC, RING_VERSION, \
-    ring_control, ring_line
+from qtfs_common.rings.layout cimport RING_LINE_BYTES, RING_LINES_AT, RING_MAGIC, RING_VERSION, ring_control, \
+    ring_line
 
 import mmap
 import os
@@ -163,9 +163,8 @@ cdef class RingMemory:
         geometry.check(self.m.bytes)
         ring_publish(&c.instance, 0)
         self._adopt(geometry)
-        for channel in range(<uint32_t>RING_CHANNELS):
-            if channel < self.m.channels:
-                memset(engine_line(&self.m, channel), 0, sizeof(ring_line))
+        for channel in range(self.m.channels):
+            memset(engine_line(&self.m, channel), 0, sizeof(ring_line))
         c.version = RING_VERSION
         c.channels = geometry.channels
         c.request_bytes = geometry.request_bytes

@@ -238,8 +238,12 @@ class _Shared:
     def _linked(self) -> Link:
         with self._guard:
             if self._link is None:
-                self._link = Link(self.memory, False)
-                threading.Thread(target=_run_link, args=(weakref.ref(self), self._link), daemon=True).start()
+                link = Link(self.memory, False)
+                try:
+                    threading.Thread(target=_run_link, args=(weakref.ref(self), link), daemon=True).start()
+                except RuntimeError as error:
+                    raise self._fail(str(error), errno.EAGAIN) from None
+                self._link = link
             return self._link
 
 

@@ -24,6 +24,7 @@ cdef extern from "<fcntl.h>" nogil:
         AT_REMOVEDIR
         AT_EACCESS
         AT_NO_AUTOMOUNT
+        AT_STATX_DONT_SYNC
         O_ACCMODE
         F_GETFL
         F_SETFL
@@ -184,10 +185,6 @@ cdef extern from "<sys/xattr.h>" nogil:
 cdef extern from "<sys/ioctl.h>" nogil:
     int ioctl(int, unsigned long, ...)
 
-cdef extern from "<sys/fsuid.h>" nogil:
-    int setfsuid(uint32_t)
-    int setfsgid(uint32_t)
-
 cdef extern from "<sys/syscall.h>" nogil:
     enum:
         SYS_capget
@@ -196,6 +193,8 @@ cdef extern from "<sys/syscall.h>" nogil:
         SYS_getdents64
         SYS_openat2
         SYS_setgroups
+        SYS_setresgid
+        SYS_setresuid
 
 cdef extern from "<linux/capability.h>" nogil:
     enum:
@@ -243,13 +242,6 @@ cdef extern from "<pthread.h>" nogil:
     int pthread_cond_wait(pthread_cond_t *, pthread_mutex_t *)
     int pthread_cond_timedwait(pthread_cond_t *, pthread_mutex_t *, const timespec *)
 
-cdef extern from "<sys/eventfd.h>" nogil:
-    enum:
-        EFD_CLOEXEC
-        EFD_NONBLOCK
-    int eventfd(unsigned int, int)
-    int eventfd_write(int, uint64_t)
-
 cdef extern from "<signal.h>" nogil:
     int pthread_kill(pthread_t, int)
 
@@ -264,19 +256,35 @@ cdef extern from *:
     #ifndef STATX_MNT_ID
     #define STATX_MNT_ID 0x00001000U
     #endif
+    #ifndef RESOLVE_CACHED
+    #define RESOLVE_CACHED 0x20     /* Linux 5.12; before, EINVAL */
+    #endif
     #ifndef STATX_MNT_ID_UNIQUE
     #define STATX_MNT_ID_UNIQUE 0x00004000U
     #endif
     #define qtfs_atomic_add(p, n) __atomic_add_fetch((p), (n), __ATOMIC_RELAXED)
     #define qtfs_atomic_load(p) __atomic_load_n((p), __ATOMIC_ACQUIRE)
     #define qtfs_atomic_store(p, v) __atomic_store_n((p), (v), __ATOMIC_RELEASE)
+    #define qtfs_atomic_swap(p, v) __atomic_exchange_n((p), (v), __ATOMIC_ACQ_REL)
+    /* Set *p to v if it is *was, else *was to what it is; whether it was set. */
+    #define qtfs_atomic_set_if(p, was, v) \
+        __atomic_compare_exchange_n((p), (was), (v), 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)
+    /* What was written before is in memory before what comes, for whoever maps it once we are dead. */
+    #define qtfs_written() __atomic_signal_fence(__ATOMIC_SEQ_CST)
     """
     enum:
         STATX_MNT_ID
         STATX_MNT_ID_UNIQUE
+        RESOLVE_CACHED
     int32_t atomic_add_int "qtfs_atomic_add"(int32_t *, int32_t) nogil
+    uint64_t atomic_load_u64 "qtfs_atomic_load"(uint64_t *) nogil
+    void atomic_store_u64 "qtfs_atomic_store"(uint64_t *, uint64_t) nogil
+    int64_t atomic_add_i64 "qtfs_atomic_add"(int64_t *, int64_t) nogil
     uint64_t atomic_add_u64 "qtfs_atomic_add"(uint64_t *, uint64_t) nogil
     int32_t atomic_load_int "qtfs_atomic_load"(int32_t *) nogil
     void atomic_store_int "qtfs_atomic_store"(int32_t *, int32_t) nogil
+    int32_t atomic_swap_int "qtfs_atomic_swap"(int32_t *, int32_t) nogil
+    bint atomic_set_int_if "qtfs_atomic_set_if"(int32_t *, int32_t *, int32_t) nogil
     void *atomic_load_pointer "qtfs_atomic_load"(void **) nogil
     void atomic_store_pointer "qtfs_atomic_store"(void **, void *) nogil
+    void written "qtfs_written"() nogil

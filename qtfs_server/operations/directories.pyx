@@ -10,14 +10,16 @@ from qtfs_common.protocol cimport MAX_PAYLOAD, OPENED_UNCACHED, direntry, dirent
     open_reply, open_request, readdir_request
 from qtfs_server.identity cimport act_as_root
 from qtfs_server.includes.linux cimport AT_FDCWD, O_CLOEXEC, O_DIRECTORY, O_NONBLOCK, O_RDONLY, S_IFDIR, \
-    SYS_getdents64, linux_dirent64, lseek, openat, syscall
+    SYS_getdents64, linux_dirent64, lseek, openat, syscall, written
 from qtfs_server.policy cimport ALLOW_LOOK, ALLOW_READDIR, child_place, may_hide_names, place
-from qtfs_server.request cimport MALFORMED, SCRATCH_BYTES, as_caller, request
+from qtfs_server.request cimport MALFORMED, SCRATCH_BYTES, as_caller, note_handle, request
 from qtfs_server.attributes cimport lies_on_pseudo
 from qtfs_server.descriptors cimport proc_path
 from qtfs_server.handles cimport handle_new, handle_pin, handle_unpin
-from qtfs_server.nodes cimport node_allowed, node_enter, node_hold, node_pin, node_unpin
-from qtfs_server.session cimport HANDLE_DIRECTORY, HANDLE_NAMES_ONLY, handle, node
+from qtfs_server.node_descriptors cimport node_hold, node_pin, node_unpin
+from qtfs_server.nodes cimport node_allowed, node_enter
+from qtfs_server.session cimport HANDLE_DIRECTORY, HANDLE_NAMES_ONLY, MOST_LISTED, handle, node
+from qtfs_server.stuck cimport leads_to_stuck
 
 cdef extern from "<unistd.h>" nogil:
     enum:
@@ -46,7 +48,9 @@ cdef int op_opendir(request *r) noexcept nogil:
         proc_path(link, n.fd)
         as_caller(r)
         fd = openat(AT_FDCWD, link, O_RDONLY | O_DIRECTORY | O_CLOEXEC)
-        error = -errno if fd < 0 else handle_new(r.s, n, fd, HANDLE_DIRECTORY | (HANDLE_NAMES_ONLY if pseudo else 0), &id)
+        error = -errno if fd < 0 else handle_new(r.s, n, fd, HANDLE_DIRECTORY | (HANDLE_NAMES_ONLY if pseudo else 0),
+                                                 O_RDONLY | O_DIRECTORY, &id)
+        note_handle(r, error, id)
         out.flags = OPENED_UNCACHED if pseudo else 0
     node_unpin(r.s, n)
     if error == 0:
@@ -69,22 +73,33 @@ cdef void _put_name(void *at, const linux_dirent64 *d, const char *name, size_t 
     memcpy(<char *>at + sizeof(direntry), name, name_bytes)
 
 
+cdef void _note_listed(request *r, uint64_t node) noexcept nogil:
+    """Should the reply be lost: this lookup was counted for nothing."""
+    cdef uint32_t count = r.before.listed_count
+    r.before.listed[count] = node
+    written()
+    r.before.listed_count = count + 1
+
+
 cdef size_t _put(request *r, handle *h, bint plus, const linux_dirent64 *d, size_t room) noexcept nogil:
-    """Append one record to the reply: its size, or 0 if it does not fit."""
+    """Append one record to the reply: its size, or 0 if it does not fit, or no more lookups can be noted."""
     cdef const char *name = <const char *>d + sizeof(linux_dirent64)
     cdef size_t name_bytes = strlen(name)
     cdef size_t fixed = sizeof(direntry_plus) if plus else sizeof(direntry)
     cdef size_t size = direntry_bytes(fixed, name_bytes)
     cdef char *at = <char *>r.reply + r.reply_bytes
-    if size > room:
+    if size > room or plus and r.before.listed_count == MOST_LISTED:
         return 0
     memset(at, 0, fixed)
     memset(at + size - 8, 0, 8)
-    # On a pseudo file system, without a descriptor to spare where one is needed, without search permission, or in a
-    # repetition (whose first run has counted already) an entry is its name only: the client looks it up.
-    if plus and not h.flags & HANDLE_NAMES_ONLY and not r.repeated and not _is_dot(name):
+    # On a pseudo file system, without a descriptor to spare where one is needed, without search permission, or where a
+    # stuck one is mounted an entry is its name only: the client looks it up.
+    if plus and not h.flags & HANDLE_NAMES_ONLY and not _is_dot(name) and not leads_to_stuck(r.s, h.node, name):
+        r.at.name = name
         if node_enter(r.s, h.node, name, name_bytes, True, <entry *>at) < 0:
             memset(at, 0, sizeof(entry))
+        else:
+            _note_listed(r, (<entry *>at).node)
     _put_name(at + fixed - sizeof(direntry), d, name, name_bytes, <uint64_t>h.node.device << 48)
     return size
 

@@ -7,7 +7,7 @@ Sources: open(2), openat(2), pread(2), copy_file_range(2), fallocate(2), ioctl_i
 from libc.errno cimport EACCES, EAGAIN, EBADF, EEXIST, EFAULT, EINVAL, EIO, EISDIR, ELOOP, EMSGSIZE, ENOENT, \
     ENOTTY, EROFS, ESPIPE, ESRCH, ESTALE, errno
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
-from libc.string cimport memcpy, memset
+from libc.string cimport memcmp, memcpy, memset
 
 from qtfs_common.protocol cimport KILL_PRIVILEGES, MAX_NAME, MAX_PAYLOAD, OPENED_CHANGED, OPENED_UNCACHED, RELEASE_FLOCK, \
     WRITE_APPEND, WRITE_AT_OFFSET, copy_request, count_reply, create_reply, create_request, entry, fallocate_request, \
@@ -21,16 +21,19 @@ from qtfs_server.includes.linux cimport AT_EACCESS, AT_EMPTY_PATH, AT_FDCWD, F_S
 from qtfs_server.operations.locks cimport drop_locks, end_handle_locks
 from qtfs_server.operations.ourselves cimport moves_ourselves
 from qtfs_server.operations.streams cimport is_special, open_special, read_stream, write_stream
+from qtfs_server.operations.unfinished cimport note_name, note_size, was_appended, was_made
 from qtfs_server.policy cimport ALLOW_CREATE, ALLOW_OPEN, ALLOW_READ, ALLOW_SETATTR, ALLOW_WRITE, place
-from qtfs_server.request cimport DEFERRED, MALFORMED, as_caller, request, take_name
+from qtfs_server.request cimport DEFERRED, MALFORMED, as_caller, note_handle, note_node, request, take_name
 from qtfs_server.attributes cimport lies_on_pseudo, signature, stat_fd
 from qtfs_server.descriptors cimport proc_path
-from qtfs_server.handles cimport handle_end, handle_new, handle_pin, handle_unpin
-from qtfs_server.nodes cimport child_allowed, node_allowed, node_enter, node_enter_fd, node_forget, node_pin, \
-    node_unpin
+from qtfs_server.fd_store cimport storing
+from qtfs_server.handles cimport handle_end, handle_hold, handle_new, handle_pin, handle_unpin
+from qtfs_server.node_descriptors cimport node_pin, node_unpin
+from qtfs_server.nodes cimport child_allowed, node_allowed, node_enter, node_enter_fd, node_forget
 from qtfs_server.session cimport HANDLE_APPEND, HANDLE_POLLABLE, HANDLE_STREAM, HANDLE_WRITABLE, handle, node, \
     session
 from qtfs_server.splicing cimport SPLICE_BYTES, pipe_fill
+from qtfs_server.unnamed cimport opened_unnamed
 
 cdef extern from "<unistd.h>" nogil:
     enum:
@@ -99,7 +102,11 @@ cdef int _grant(request *r, node *n, int fd, uint32_t flags, open_reply *out) no
         # Each WRITE says where it goes: pages of a mapping belong where they are, through this handle too. Files with
         # chattr +a insist on the flag, and keep it.
         fcntl(fd, F_SETFL, <int>(flags & (PASSED_FLAGS & ~(O_ACCMODE | O_APPEND))))
-    error = handle_new(r.s, n, fd, _handle_flags(flags) | (HANDLE_POLLABLE if on_pseudo else 0), &id)
+    error = handle_new(r.s, n, fd, _handle_flags(flags) | (HANDLE_POLLABLE if on_pseudo else 0),
+                       flags & PASSED_FLAGS | (O_NONBLOCK if on_pseudo else 0), &id)
+    note_handle(r, error, id)
+    if storing and st.stx_nlink == 0 and error == 0:
+        opened_unnamed(r.s, id)
     out.handle = id
     out.reserved = 0
     return error
@@ -117,6 +124,7 @@ cdef int _open_fd(request *r, node *n, uint32_t flags, uint32_t kill) noexcept n
         if syscall(SYS_faccessat2, n.fd, b"", 1, AT_EMPTY_PATH | AT_EACCESS) < 0:
             return -errno
         act_as_root(r.me)           # to execute, a file need not be readable
+        flags &= ~<uint32_t>O_TRUNC     # root would cut it
     if kill & KILL_PRIVILEGES and r.who.uid == 0:
         drop_fsetid(r.me)
     # Files that the kernel makes up may wait for something to tell (trace_pipe); a worker must not.
@@ -170,19 +178,30 @@ cdef int _enter_opened(request *r, int fd, place where, entry *out) noexcept nog
     return node_enter_fd(r.s, path_fd, &st, where, out)
 
 
+cdef void _take_entry_back(request *r, uint64_t node) noexcept nogil:
+    """Undo a lookup that the client is never told of."""
+    note_node(r, 0, 0)
+    node_forget(r.s, node, 1)
+
+
 cdef int _grant_made(request *r, int fd, place where, uint32_t flags, create_reply *out) noexcept nogil:
     """Entry and handle of a file just made, whose descriptor is taken over. 0 or -errno."""
     cdef node *n = NULL
     cdef int error
     act_as_root(r.me)
     error = _enter_opened(r, fd, where, &out.made)
-    if error == 0:
-        error = node_pin(r.s, out.made.node, &n)
     if error < 0:
         close(fd)
         return error
-    error = _grant(r, n, fd, flags, &out.opened)
-    node_unpin(r.s, n)
+    note_node(r, 0, out.made.node)
+    error = node_pin(r.s, out.made.node, &n)
+    if error < 0:
+        close(fd)
+    else:
+        error = _grant(r, n, fd, flags, &out.opened)
+        node_unpin(r.s, n)
+    if error < 0:
+        _take_entry_back(r, out.made.node)
     r.reply_bytes = sizeof(create_reply)
     return error
 
@@ -193,19 +212,31 @@ cdef int _open_existing(request *r, node *parent, const char *name, size_t name_
     cdef node *n = NULL
     cdef int error = node_enter(r.s, parent, name, name_bytes, False, &out.made)
     act_as_root(r.me)
-    if error == 0:
-        error = node_pin(r.s, out.made.node, &n)
     if error < 0:
         return error
-    if n.type != S_IFREG:
-        error = -ESTALE             # the client's kernel looks the name up again and then does the right thing
-    else:
-        error = _open_node(r, n, body.flags, body.kill, &out.opened)
+    note_node(r, 0, out.made.node)
+    error = node_pin(r.s, out.made.node, &n)
+    if error == 0:
+        # ESTALE: the client's kernel looks the name up again and then does the right thing.
+        error = _open_node(r, n, body.flags, body.kill, &out.opened) if n.type == S_IFREG else -ESTALE
+        node_unpin(r.s, n)
     if error < 0:
-        node_forget(r.s, out.made.node, 1)      # the client is never told of it
-    node_unpin(r.s, n)
+        _take_entry_back(r, out.made.node)
     r.reply_bytes = sizeof(create_reply)
     return error
+
+
+cdef int _open_made(request *r, int directory, const char *name) noexcept nogil:
+    """Make a file for the caller and open it. A descriptor, or -1 and errno."""
+    cdef create_request *body = <create_request *>r.body
+    cdef int fd, flags = (body.flags & PASSED_FLAGS) | O_NOFOLLOW | O_NOCTTY | O_CLOEXEC
+    if was_made(r, directory, name, S_IFREG, 0):
+        act_as_root(r.me)           # its mode binds others than its maker
+        return openat(directory, name, flags)
+    umask(r.who.umask)
+    fd = openat(directory, name, flags | O_CREAT | O_EXCL, body.mode & 0o7777)
+    umask(0)
+    return fd
 
 
 cdef int _create(request *r, node *parent, const char *name, size_t name_bytes) noexcept nogil:
@@ -216,11 +247,9 @@ cdef int _create(request *r, node *parent, const char *name, size_t name_bytes) 
                                     ALLOW_CREATE | _needed(body.flags), &where)
     as_caller(r)
     if denied == 0:
-        umask(r.who.umask)
-        fd = openat(parent.fd, name, (body.flags & PASSED_FLAGS) | O_CREAT | O_EXCL | O_NOFOLLOW | O_NOCTTY | O_CLOEXEC,
-                    body.mode & 0o7777)
+        note_name(r, parent.fd, name)
+        fd = _open_made(r, parent.fd, name)
         denied = -errno if fd < 0 else 0
-        umask(0)
     if fd >= 0:
         return _grant_made(r, fd, where, body.flags, <create_reply *>r.reply)
     if body.flags & O_EXCL or denied not in (-EEXIST, -EACCES, -EROFS):
@@ -298,10 +327,10 @@ cdef int op_read(request *r) noexcept nogil:
     if error < 0:
         return error
     error = node_allowed(h.node, h.fd, ALLOW_READ)
-    if error == 0 and h.flags & HANDLE_STREAM:
-        error = read_stream(r, h, body)
-    elif error == 0 and body.size > r.reply_room:
+    if error == 0 and body.size > r.reply_room:
         error = -EMSGSIZE
+    elif error == 0 and h.flags & HANDLE_STREAM:
+        error = read_stream(r, h, body)
     elif error == 0 and r.pipe != NULL and body.size >= SPLICE_BYTES and not h.flags & HANDLE_POLLABLE and \
             pipe_fill(r.pipe, h.fd, body.size, body.offset):
         r.reply_bytes = r.pipe.bytes
@@ -326,17 +355,70 @@ cdef void _as_writer(request *r, uint32_t kill) noexcept nogil:
         drop_fsetid(r.me)
 
 
+cdef bint _appends(const handle *h, const write_request *body) noexcept nogil:
+    return body.flags & WRITE_APPEND != 0 or (h.flags & HANDLE_APPEND != 0 and body.flags & WRITE_AT_OFFSET == 0)
+
+
 cdef ssize_t _write(const handle *h, uint8_t *data, const write_request *body) noexcept nogil:
     """write(2) at the offset or, atomically, at the end of the file, wherever that is by now. As pwrite(2)."""
     cdef iovec part
     cdef ssize_t done
-    if not body.flags & WRITE_APPEND and (not h.flags & HANDLE_APPEND or body.flags & WRITE_AT_OFFSET):
+    if not _appends(h, body):
         done = pwrite(h.fd, data, body.size, body.offset)
     else:
         part.iov_base = data
         part.iov_len = body.size
         done = pwritev2(h.fd, &part, 1, 0, RWF_APPEND)
     return write(h.fd, data, body.size) if done < 0 and errno == ESPIPE else done   # as in _read
+
+
+cdef ssize_t _append(request *r, const handle *h, uint8_t *data, write_request *body) noexcept nogil:
+    """_write of what goes to the end of a file, less what the engine before us has written there."""
+    cdef size_t size = body.size, done
+    cdef ssize_t rest = 0
+    note_size(r, h.fd)
+    done = was_appended(r, h.fd, data, size)
+    body.size -= <uint32_t>done
+    if body.size > 0 or size == 0:
+        rest = _write(h, data + done, body)
+    body.size = <uint32_t>size
+    return rest if rest < 0 and done == 0 else <ssize_t>done + max(rest, 0)
+
+
+cdef int hold_for_early_write(request *r, const write_request *body, handle **out) noexcept nogil:
+    """Pin the file of a WRITE of which only a part is there, and act as its caller, if it may be begun. 0 or -errno.
+
+    Not where it counts how many writes there are: at the end of a file, in streams and pseudo files, with O_DSYNC.
+    """
+    cdef handle *h = NULL
+    cdef int error = handle_pin(r.s, body.handle, &h)
+    if error < 0:
+        return error
+    error = node_allowed(h.node, h.fd, ALLOW_WRITE)
+    if error == 0 and (h.flags & (HANDLE_STREAM | HANDLE_POLLABLE | HANDLE_APPEND) or h.open_flags & O_DSYNC or
+                       _appends(h, body)):
+        error = -EAGAIN
+    if error < 0:
+        handle_unpin(r.s, h)
+        return error
+    _as_writer(r, body.flags)
+    out[0] = h
+    return 0
+
+
+cdef int _write_rest(request *r, const handle *h, const write_request *body) noexcept nogil:
+    """The rest of a WRITE that was begun before all of it had come, as long as it is still the same. 0, -errno, MALFORMED."""
+    cdef size_t done = r.early.done
+    cdef ssize_t more = 0
+    if memcmp(body, &r.early.asked, sizeof(write_request)) != 0:
+        return MALFORMED
+    if done < body.size:
+        _as_writer(r, body.flags)
+        more = pwrite(h.fd, r.body + sizeof(write_request) + done, body.size - done, body.offset + done)
+    # As in write(2): who has written a part hears of that, and of what is wrong the next time.
+    (<count_reply *>r.reply).count = done + max(more, 0)
+    r.reply_bytes = sizeof(count_reply)
+    return 0
 
 
 cdef int op_write(request *r) noexcept nogil:
@@ -355,13 +437,20 @@ cdef int op_write(request *r) noexcept nogil:
     if error < 0:
         return error
     error = node_allowed(h.node, h.fd, ALLOW_WRITE)
+    if error == 0 and r.early != NULL and r.early.done > 0:
+        error = _write_rest(r, h, body)
+        handle_unpin(r.s, h)
+        return error
     if error == 0 and moves_ourselves(r.s, h, r.body + sizeof(write_request), body.size):
         error = -ESRCH              # who is meant is not a process of this machine
     if error == 0 and h.flags & HANDLE_STREAM:
         error = write_stream(r, h, r.body + sizeof(write_request), body)
     elif error == 0:
         _as_writer(r, body.flags)
-        done = _write(h, r.body + sizeof(write_request), body)
+        if _appends(h, body):
+            done = _append(r, h, r.body + sizeof(write_request), body)
+        else:
+            done = _write(h, r.body + sizeof(write_request), body)
         error = _transfer_error(-errno) if done < 0 else 0
         (<count_reply *>r.reply).count = max(done, 0)
         r.reply_bytes = sizeof(count_reply)
@@ -377,9 +466,9 @@ cdef int op_release(request *r) noexcept nogil:
     cdef int error
     if r.body_bytes != sizeof(release_request):
         return MALFORMED
-    error = handle_pin(r.s, body.handle, &h)
+    error = handle_hold(r.s, body.handle, &h)
     if error < 0:
-        return error
+        return 0 if r.resumed else error
     error = handle_end(r.s, body.handle)
     end_handle_locks(r.s, h, body.handle, body.flags & RELEASE_FLOCK)
     handle_unpin(r.s, h)
@@ -394,7 +483,7 @@ cdef int op_flush(request *r) noexcept nogil:
     cdef int fd, error
     if r.body_bytes != sizeof(release_request):
         return MALFORMED
-    error = handle_pin(r.s, body.handle, &h)
+    error = handle_hold(r.s, body.handle, &h)
     if error == 0:
         drop_locks(r.s, h.node, body.lock_owner)
     elif node_pin(r.s, r.who.node, &n) == 0:
@@ -403,7 +492,7 @@ cdef int op_flush(request *r) noexcept nogil:
         node_unpin(r.s, n)
     if error < 0:
         return error
-    if h.flags & HANDLE_WRITABLE and not h.flags & HANDLE_STREAM:
+    if h.flags & HANDLE_WRITABLE and not h.flags & HANDLE_STREAM and h.fd >= 0:
         fd = dup(h.fd)
         if fd < 0 or close(fd) < 0:
             error = -errno

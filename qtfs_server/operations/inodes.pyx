@@ -19,12 +19,14 @@ from qtfs_server.includes.linux cimport AT_EACCESS, AT_EMPTY_PATH, AT_FDCWD, AT_
 from qtfs_server.operations.ourselves cimport link_not_ours
 from qtfs_server.operations.streams cimport is_special, show_as_stream
 from qtfs_server.policy cimport ALLOW_SETATTR, ALLOW_SETXATTR, ALLOW_WRITE
+from qtfs_server.operations.unfinished cimport may_be_done, note_attribute
 from qtfs_server.request cimport MALFORMED, as_caller, copy_text, request
 from qtfs_server.attributes cimport lies_on_proc, node_stat
 from qtfs_server.descriptors cimport proc_path
 from qtfs_server.handles cimport handle_pin, handle_unpin
-from qtfs_server.nodes cimport node_allowed, node_pin, node_unpin
-from qtfs_server.session cimport handle, node
+from qtfs_server.node_descriptors cimport node_pin, node_unpin
+from qtfs_server.nodes cimport node_allowed, node_allows
+from qtfs_server.session cimport handle, node, session
 
 cdef enum:
     SET_ANYTHING = SET_MODE | SET_UID | SET_GID | SET_SIZE | SET_ATIME | SET_MTIME
@@ -114,19 +116,21 @@ cdef int op_statx(request *r) noexcept nogil:
     return error
 
 
-cdef int _set_size(request *r, const setattr_request *body, const char *link) noexcept nogil:
-    """Through the handle if the caller has the file open (it may be unlinked or read-only by now), else by permission."""
+cdef handle *_pin_to_resize(session *s, const setattr_request *body) noexcept nogil:
+    """The handle by which the size is to be set, or NULL. Only root can open every one of an engine before us again."""
     cdef handle *h = NULL
-    cdef int error = 0
+    if not body.valid & SET_SIZE or not body.valid & SET_HANDLE or handle_pin(s, body.handle, &h) < 0:
+        return NULL
+    return h
+
+
+cdef int _set_size(request *r, handle *h, const setattr_request *body, const char *link) noexcept nogil:
+    """Through the handle if the caller has the file open (it may be unlinked or read-only by now), else by permission."""
     if body.valid & SET_KILL_PRIVILEGES and r.who.uid == 0:
         drop_fsetid(r.me)
-    if body.valid & SET_HANDLE and handle_pin(r.s, body.handle, &h) == 0:
-        if ftruncate(h.fd, body.size) < 0:
-            error = -errno
-        handle_unpin(r.s, h)
-    elif truncate(link, body.size) < 0:
-        error = -errno
-    return error
+    if h != NULL:
+        return -errno if ftruncate(h.fd, body.size) < 0 else 0
+    return -errno if truncate(link, body.size) < 0 else 0
 
 
 cdef void _set_time(timespec *out, const setattr_request *body, uint32_t bit, uint32_t now_bit, long seconds,
@@ -146,13 +150,13 @@ cdef int _set_times(node *n, const setattr_request *body) noexcept nogil:
     return -errno if utimensat(n.fd, b"", times, AT_EMPTY_PATH) < 0 else 0
 
 
-cdef int _apply(request *r, node *n, const setattr_request *body) noexcept nogil:
+cdef int _apply(request *r, node *n, handle *h, const setattr_request *body) noexcept nogil:
     """In the order in which one step cannot undo another: chown(2) clears mode bits, all of them touch ctime."""
     cdef char link[32]
     cdef int error
     proc_path(link, n.fd)
     if body.valid & SET_SIZE:
-        error = _set_size(r, body, link)
+        error = _set_size(r, h, body, link)
         if error < 0:
             return error
     if not body.valid & SET_ANYTHING:
@@ -173,29 +177,41 @@ cdef int _apply(request *r, node *n, const setattr_request *body) noexcept nogil
     return 0
 
 
+cdef uint16_t _needed(node *n, const setattr_request *body) noexcept nogil:
+    """What the whitelist must allow. A change of nothing takes suid away, as a write does and a change of owner."""
+    cdef uint16_t needed = 0
+    if not body.valid & SET_ANYTHING:
+        return ALLOW_WRITE if node_allows(n, n.fd) & ALLOW_WRITE else ALLOW_SETATTR
+    if body.valid & SET_SIZE:
+        needed |= ALLOW_WRITE
+    if body.valid & (SET_UID | SET_GID | SET_MODE) or (body.valid & (SET_ATIME | SET_MTIME) and
+                                                       not body.valid & SET_SIZE):
+        needed |= ALLOW_SETATTR
+    return needed
+
+
 cdef int op_setattr(request *r) noexcept nogil:
     """SETATTR: setattr_request → attributes_reply."""
     cdef setattr_request *body = <setattr_request *>r.body
-    cdef uint16_t needed = 0
+    cdef handle *h = NULL
     cdef node *n = NULL
     cdef int error
     if r.body_bytes != sizeof(setattr_request):
         return MALFORMED
     if r.s.read_only:
         return -EROFS
-    if body.valid & SET_SIZE:
-        needed |= ALLOW_WRITE
-    if body.valid & (SET_UID | SET_GID | SET_MODE) or (body.valid & (SET_ATIME | SET_MTIME) and
-                                                       not body.valid & SET_SIZE):
-        needed |= ALLOW_SETATTR
     error = node_pin(r.s, r.who.node, &n)
     if error < 0:
         return error
-    error = node_allowed(n, n.fd, needed)
+    error = node_allowed(n, n.fd, _needed(n, body))
     if error == 0:
+        h = _pin_to_resize(r.s, body)
         as_caller(r)
-        error = _apply(r, n, body)
+        # The whitelist was asked for the node, not for the handle's.
+        error = _apply(r, n, h, body) if h == NULL or h.node == n else -EINVAL
         act_as_root(r.me)
+        if h != NULL:
+            handle_unpin(r.s, h)
     if error == 0:
         error = _stat_reply(r, n, n.fd)
     node_unpin(r.s, n)
@@ -396,6 +412,7 @@ cdef int _begin_change(request *r, const char *name, node **n) noexcept nogil:
 
 cdef int op_setxattr(request *r) noexcept nogil:
     """SETXATTR: xattr_request, name, value → nothing."""
+    cdef int flags
     cdef char name[MAX_NAME + 1]
     cdef char link[32]
     cdef xattr_request *body = <xattr_request *>r.body
@@ -411,7 +428,9 @@ cdef int op_setxattr(request *r) noexcept nogil:
     if body.kill & KILL_PRIVILEGES and r.who.uid == 0:
         drop_fsetid(r.me)
     proc_path(link, n.fd)
-    if setxattr(link, name, r.body + sizeof(xattr_request) + body.name_bytes, body.size, body.flags) < 0:
+    note_attribute(r, link, name)
+    flags = 0 if may_be_done(r) and r.before.ino == 0 else body.flags   # XATTR_CREATE would find what was made
+    if setxattr(link, name, r.body + sizeof(xattr_request) + body.name_bytes, body.size, flags) < 0:
         error = -errno
     node_unpin(r.s, n)
     return error
@@ -431,7 +450,8 @@ cdef int op_removexattr(request *r) noexcept nogil:
     if error < 0:
         return error
     proc_path(link, n.fd)
-    if removexattr(link, name) < 0:
+    note_attribute(r, link, name)
+    if removexattr(link, name) < 0 and not (errno == ENODATA and may_be_done(r) and r.before.ino != 0):
         error = -errno
     node_unpin(r.s, n)
     return error

@@ -14,10 +14,10 @@ descriptor of its own, which becomes the owner's, or is closed and the waits tri
 Lock order: locked_files. A wait is answered under no lock.
 Sources: fcntl(2) "Open file description locks", flock(2), <linux/fuse.h> (struct fuse_lk_in).
 """
-from libc.errno cimport EACCES, EAGAIN, EINTR, EINVAL, EMFILE, ENOLCK, errno
+from libc.errno cimport EACCES, EAGAIN, EINTR, EINVAL, EMFILE, ENOLCK, ESTALE, errno
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
-from libc.string cimport memcmp
+from libc.string cimport memcmp, memset
 from posix.time cimport CLOCK_REALTIME
 
 from qtfs_common.protocol cimport LOCK_FLOCK, lock_reply, lock_request
@@ -27,12 +27,13 @@ from qtfs_server.includes.linux cimport AT_FDCWD, F_OFD_GETLK, F_OFD_SETLK, F_OF
     pthread_cond_broadcast, pthread_cond_init, pthread_cond_signal, pthread_cond_t, pthread_cond_timedwait, \
     pthread_cond_wait, pthread_kill, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, \
     pthread_self, pthread_t, timespec, usleep
+from qtfs_server.includes.threads cimport start_thread
 from qtfs_server.request cimport DEFERRED, MALFORMED, request
-from qtfs_server.descriptors cimport proc_path
+from qtfs_server.descriptors cimport proc_path, within_share
 from qtfs_server.handles cimport handle_pin, handle_unpin
 from qtfs_server.lock_ranges cimport EXCLUSIVE, SHARED, UNLOCKED, ranges_reserve
 from qtfs_server.locked_files cimport file_awaited, file_due, file_enter, file_hold, file_leave, file_of_session, file_of_wait, \
-    file_poll, is_held, is_waiting, lock_owner, lock_wait, locked_file, nothing_locked, owner_drop, owner_find, \
+    file_poll, file_tried, is_held, is_waiting, lock_owner, lock_wait, locked_file, nothing_locked, owner_drop, owner_find, \
     owner_new, owner_note, wait_add, wait_take
 from qtfs_server.session cimport HANDLE_ENDED, handle, node, session, session_hold, session_unref
 
@@ -56,6 +57,7 @@ cdef extern from *:
 cdef enum:
     QUEUERS = 8                     # files that threads queue for at the same time; the others are polled only
     QUEUE_AFTER_US = 3000           # of polling in vain
+    BLOCKED_US = 100000             # at one file: somebody else is to poll the others
     IDLE_US = 1000000               # the polling thread's sleep while there is nothing to poll
     END_OF_FILE = 0x7fffffffffffffff    # OFFSET_MAX
 
@@ -101,7 +103,7 @@ cdef int _reopen(handle *h) noexcept nogil:
 
 cdef int _new_owner(locked_file *f, session *s, handle *h, const lock_request *what, lock_owner **out) noexcept nogil:
     """An open file description for an owner that holds nothing yet. 0 or -errno."""
-    cdef int fd = _reopen(h)
+    cdef int fd = _reopen(h) if within_share(s.handles_used + s.lock_files) else -EMFILE
     if fd < 0:
         return -ENOLCK if fd == -EMFILE else fd
     out[0] = owner_new(f, s, what.owner, what.handle, fd)
@@ -140,7 +142,10 @@ cdef int _try_posix(locked_file *f, session *s, handle *h, const lock_request *w
 
 cdef int _try_flock(handle *h, const lock_request *what) noexcept nogil:
     cdef int operation = LOCK_SH if what.type == SHARED else (LOCK_EX if what.type == EXCLUSIVE else LOCK_UN)
-    return -errno if flock(h.fd, operation | LOCK_NB) < 0 else 0
+    if flock(h.fd, operation | LOCK_NB) < 0:
+        return -errno
+    h.flocked = operation if operation != LOCK_UN else 0
+    return 0
 
 
 cdef int _try(locked_file *f, session *s, handle *h, const lock_request *what) noexcept nogil:
@@ -160,7 +165,7 @@ cdef void _ring() noexcept nogil:
     global _rung
     pthread_mutex_lock(&_bell_guard)
     _rung = True
-    pthread_cond_signal(&_bell)
+    pthread_cond_broadcast(&_bell)
     pthread_mutex_unlock(&_bell_guard)
 
 
@@ -308,10 +313,12 @@ cdef int _set(request *r, handle *h, bint patient) noexcept nogil:
         return -ENOLCK
     if patient and is_waiting(r.s, r.head.tag):
         file_leave(f)                   # the client asks again over a fresh event channel
+        handle_unpin(r.s, h)            # the wait has a pin of its own
         return DEFERRED
     if f.polled:
         _serve_waits(f, &ended)         # they came first
-    error = _try(f, r.s, h, what)
+    # A RELEASE that overtook us has ended the handle's locks already, and nobody would end this one.
+    error = -ESTALE if h.flags & HANDLE_ENDED else _try(f, r.s, h, what)
     if patient and error == -EAGAIN:
         error = _queue(r, f, h)
     elif error == 0 and what.type != EXCLUSIVE:
@@ -412,7 +419,7 @@ cdef void end_handle_locks(session *s, handle *h, uint64_t id, bint flocked) noe
     cdef lock_owner *o
     if flocked or not nothing_locked():
         f = file_enter(s, h.node, False)
-    if flocked:
+    if flocked and h.fd >= 0:
         flock(h.fd, LOCK_UN)
     if f == NULL:
         return
@@ -422,6 +429,60 @@ cdef void end_handle_locks(session *s, handle *h, uint64_t id, bint flocked) noe
         o = _by_handle(f, s, id)
     _serve_waits(f, &ended)
     _leave(f, ended)
+
+
+cdef int lock_again(session *s, uint64_t id, uint64_t owner, uint64_t start, uint64_t end, uint32_t type) noexcept nogil:
+    """Take a POSIX lock that an owner held while the engine before us lived, `id` being its handle. 0 or -errno."""
+    cdef lock_request what
+    cdef locked_file *f
+    cdef handle *h = NULL
+    cdef int error = handle_pin(s, id, &h)
+    if error < 0:
+        return error
+    memset(&what, 0, sizeof(what))
+    what.handle = id
+    what.owner = owner
+    what.start = start
+    what.end = end
+    what.type = type
+    f = file_enter(s, h.node, True)
+    error = -ENOLCK
+    if f != NULL:
+        error = _try(f, s, h, &what)
+        file_leave(f)
+    handle_unpin(s, h)
+    return error
+
+
+cdef int owner_again(session *s, uint64_t id, uint64_t owner, int fd) noexcept nogil:
+    """Make an owner again whose locks live on in a descriptor, which is taken over unless it fails. 0 or -errno.
+
+    They are still to be noted: lock_again.
+    """
+    cdef locked_file *f
+    cdef handle *h = NULL
+    cdef int error = handle_pin(s, id, &h)
+    if error < 0:
+        return error
+    f = file_enter(s, h.node, True)
+    error = -ENOLCK
+    if f != NULL:
+        error = 0 if owner_new(f, s, owner, id, fd) != NULL else -ENOLCK
+        file_leave(f)
+    handle_unpin(s, h)
+    return error
+
+
+cdef int flock_again(session *s, uint64_t id) noexcept nogil:
+    """The same for a handle's flock(2) lock."""
+    cdef handle *h = NULL
+    cdef int error = handle_pin(s, id, &h)
+    if error < 0:
+        return error
+    if flock(h.fd, <int>h.flocked | LOCK_NB) < 0:
+        error = -errno
+    handle_unpin(s, h)
+    return error
 
 
 cdef lock_wait *_take_all(locked_file *f, const session *s) noexcept nogil:
@@ -601,7 +662,63 @@ cdef bint _interrupt_queuers(bint all_of_them) noexcept nogil:
 
 # ---- the thread that polls ---------------------------------------------------------------------------------------
 
-cdef void _sleep_until(int64_t at_us) noexcept nogil:
+cdef uint64_t _poller = 0           # its number; 0: there is none. Those before it hung at a file, and end after that
+cdef uint64_t _last_poller = 0
+cdef int64_t _at_file_us = 0        # since when it looks for a file and tries it; 0: it sleeps
+
+
+cdef uint64_t _begin_polling() noexcept nogil:
+    """Become the thread that polls, in the place of whoever was it: the number."""
+    global _poller, _last_poller, _at_file_us
+    cdef uint64_t number
+    pthread_mutex_lock(&_bell_guard)
+    _last_poller += 1
+    _poller = number = _last_poller
+    _at_file_us = 0
+    pthread_mutex_unlock(&_bell_guard)
+    return number
+
+
+cdef bint _goes_on(uint64_t number, int64_t at_file_us) noexcept nogil:
+    """Note since when a thread looks for a file and tries it; 0: it does not. Whether it is to go on polling."""
+    global _poller, _at_file_us
+    cdef bint goes_on
+    pthread_mutex_lock(&_bell_guard)
+    goes_on = _poller == number and not _stopping
+    if _poller == number:
+        _at_file_us = at_file_us
+        _poller = number if goes_on else 0
+    pthread_mutex_unlock(&_bell_guard)
+    return goes_on
+
+
+cdef bint lock_polling() noexcept nogil:
+    """Whether there is a thread that polls."""
+    cdef bint polling
+    pthread_mutex_lock(&_bell_guard)
+    polling = _poller != 0
+    pthread_mutex_unlock(&_bell_guard)
+    return polling
+
+
+cdef void *_poller_body(void *unused) noexcept nogil:
+    wait_for_locks()
+    return NULL
+
+
+cdef void see_to_lock_polling() noexcept nogil:
+    """Have another thread poll if the one that does hangs; to be called from time to time."""
+    cdef pthread_t thread = 0
+    cdef bint hangs
+    pthread_mutex_lock(&_bell_guard)
+    hangs = _poller == 0 or (_at_file_us > 0 and now_us() - _at_file_us > BLOCKED_US)
+    hangs = hangs and not _stopping
+    pthread_mutex_unlock(&_bell_guard)
+    if hangs:
+        start_thread(_poller_body, &thread)
+
+
+cdef void _sleep_until(uint64_t number, int64_t at_us) noexcept nogil:
     """Sleep until then, or until somebody rings."""
     global _rung
     cdef int64_t delay_us = max(at_us - now_us(), <int64_t>0)
@@ -613,32 +730,37 @@ cdef void _sleep_until(int64_t at_us) noexcept nogil:
     pthread_mutex_lock(&_bell_guard)
     if not _rung and not _stopping:
         pthread_cond_timedwait(&_bell, &_bell_guard, &until)
-    _rung = False
+    if _poller == number:
+        _rung = False
     pthread_mutex_unlock(&_bell_guard)
 
 
 cdef void _poll_file(locked_file *f) noexcept nogil:
-    """Try the waits of a file whose turn is ours; in vain for a while, have a thread queue as local processes do."""
+    """Try the waits of a file that is due; in vain for a while, have a thread queue as local processes do."""
     cdef lock_wait *ended = NULL
+    pthread_mutex_lock(&f.turn)
     _serve_waits(f, &ended)
     if f.polled and now_us() - f.polled_since_us > QUEUE_AFTER_US:
         _queue_for_first(f)
+    file_tried(f)
     _leave(f, ended)
 
 
 cdef void wait_for_locks() noexcept nogil:
-    """The thread that polls, until stop_waiting_for_locks."""
+    """The thread that polls, until stop_waiting_for_locks, or until it has hung and another one is in its place."""
+    cdef uint64_t number = _begin_polling()
     cdef locked_file *f
     cdef int64_t next_us = 0
     catch_signal(SIGNAL)
-    while not _stopping:
+    while _goes_on(number, now_us()):
         f = file_due(now_us(), &next_us)
         if f != NULL:
             _poll_file(f)
-        else:
+        elif _goes_on(number, 0):
             _interrupt_queuers(False)
-            _sleep_until(next_us if next_us > 0 else now_us() + IDLE_US)
-    while _interrupt_queuers(True):
+            _sleep_until(number, next_us if next_us > 0 else now_us() + IDLE_US)
+    _ring()                             # if it had hung, other files there were left alone
+    while _stopping and _interrupt_queuers(True):
         usleep(1000)
 
 
@@ -648,5 +770,19 @@ cdef void stop_waiting_for_locks() noexcept nogil:
     pthread_mutex_lock(&_bell_guard)
     _stopping = True
     pthread_cond_broadcast(&_work)
-    pthread_cond_signal(&_bell)
+    pthread_cond_broadcast(&_bell)
     pthread_mutex_unlock(&_bell_guard)
+
+
+cdef void go_on_waiting_for_locks() noexcept nogil:
+    """Let there be such threads again. What one of them was given and had no time for is polled."""
+    global _stopping, _queuer_count
+    cdef int i
+    for i in range(_queuer_count):
+        if _queuers[i].file != NULL:
+            close(_queuers[i].fd)
+            pthread_mutex_lock(&_queuers[i].file.turn)
+            file_leave(_queuers[i].file)
+            _queuers[i].file = NULL
+    _queuer_count = 0
+    _stopping = False

@@ -8,14 +8,18 @@ from libc.string cimport memcpy
 
 from qtfs_common.protocol cimport MAX_NAME, MAX_PATH, entry, forget_item, link_request, mkdir_request, \
     mknod_request, rename_request, symlink_request
-from qtfs_server.includes.linux cimport AT_FDCWD, AT_REMOVEDIR, AT_SYMLINK_FOLLOW, S_IFDIR, linkat, makedev, mkdirat, \
-    mknodat, renameat2, symlinkat, umask, unlinkat
+from qtfs_server.includes.linux cimport AT_FDCWD, AT_REMOVEDIR, AT_SYMLINK_FOLLOW, S_IFDIR, S_IFLNK, S_IFMT, S_IFREG, \
+    linkat, makedev, mkdirat, mknodat, renameat2, symlinkat, umask, unlinkat, written
+from qtfs_server.operations.unfinished cimport may_be_done, note_name, note_names, was_made, was_removed, was_renamed
 from qtfs_server.policy cimport ALLOW_CREATE, ALLOW_MKDIR, ALLOW_OPEN, ALLOW_READ, ALLOW_RENAME, ALLOW_RMDIR, \
     ALLOW_SETATTR, ALLOW_SETXATTR, ALLOW_UNLINK, ALLOW_WRITE, OFF_TRIE, count_denial, place, rules_moved
-from qtfs_server.request cimport MALFORMED, as_caller, request, take_name, copy_text
+from qtfs_server.request cimport MALFORMED, as_caller, note_node, request, take_name, copy_text
 from qtfs_server.descriptors cimport proc_path
-from qtfs_server.nodes cimport child_allowed, node_allowed, node_enter, node_forget, node_pin, node_unpin
+from qtfs_server.fd_store cimport storing
+from qtfs_server.node_descriptors cimport node_pin, node_unpin
+from qtfs_server.nodes cimport child_allowed, node_allowed, node_enter, node_forget, node_renamed
 from qtfs_server.session cimport node
+from qtfs_server.unnamed cimport name_removed
 
 cdef extern from "<linux/fs.h>" nogil:
     enum:
@@ -36,19 +40,27 @@ cdef int op_lookup(request *r) noexcept nogil:
     if error < 0:
         return error
     as_caller(r)
+    r.at.name = name
     error = node_enter(r.s, parent, name, r.body_bytes, False, <entry *>r.reply)
+    note_node(r, error, (<entry *>r.reply).node)
     node_unpin(r.s, parent)
     r.reply_bytes = sizeof(entry)
     return error
 
 
 cdef int op_forget(request *r) noexcept nogil:
-    """FORGET: forget_item[] → nothing."""
+    """FORGET: forget_item[] → nothing. None is done twice: the client's kernel may have met the node again since."""
     cdef forget_item item
-    cdef size_t i
+    cdef size_t i, first = 0
     if r.body_bytes % sizeof(forget_item) != 0:
         return MALFORMED
-    for i in range(r.body_bytes // sizeof(forget_item)):
+    if may_be_done(r):
+        first = r.before.size
+    for i in range(first, r.body_bytes // sizeof(forget_item)):
+        if r.before != NULL:
+            r.before.size = i + 1
+            written()
+            r.before.known = True
         memcpy(&item, r.body + i * sizeof(item), sizeof(item))
         node_forget(r.s, item.node, item.lookups)
     return 0
@@ -83,6 +95,7 @@ cdef int _finish_made(request *r, int result, node *parent, const char *name, si
     umask(0)
     if error == 0:
         error = node_enter(r.s, parent, name, name_bytes, False, <entry *>r.reply)
+        note_node(r, error, (<entry *>r.reply).node)
     node_unpin(r.s, parent)
     r.reply_bytes = sizeof(entry)
     return error
@@ -95,12 +108,15 @@ cdef int op_mknod(request *r) noexcept nogil:
     cdef node *parent = NULL
     cdef uint64_t device
     cdef int error = _begin(r, sizeof(mknod_request), ALLOW_CREATE, name, &parent)
+    cdef int result = 0
     if error < 0:
         return error
     device = makedev(body.rdev >> 8 & 0xfff, (body.rdev & 0xff) | (body.rdev >> 12 & 0xfff00))
+    note_name(r, parent.fd, name)
     umask(r.who.umask)
-    return _finish_made(r, mknodat(parent.fd, name, body.mode, device), parent, name,
-                        r.body_bytes - sizeof(mknod_request))
+    if not was_made(r, parent.fd, name, body.mode & S_IFMT or S_IFREG, 0):
+        result = mknodat(parent.fd, name, body.mode, device)
+    return _finish_made(r, result, parent, name, r.body_bytes - sizeof(mknod_request))
 
 
 cdef int op_mkdir(request *r) noexcept nogil:
@@ -108,11 +124,14 @@ cdef int op_mkdir(request *r) noexcept nogil:
     cdef char name[MAX_NAME + 1]
     cdef node *parent = NULL
     cdef int error = _begin(r, sizeof(mkdir_request), ALLOW_MKDIR, name, &parent)
+    cdef int result = 0
     if error < 0:
         return error
+    note_name(r, parent.fd, name)
     umask(r.who.umask)
-    return _finish_made(r, mkdirat(parent.fd, name, (<mkdir_request *>r.body).mode), parent, name,
-                        r.body_bytes - sizeof(mkdir_request))
+    if not was_made(r, parent.fd, name, S_IFDIR, 0):
+        result = mkdirat(parent.fd, name, (<mkdir_request *>r.body).mode)
+    return _finish_made(r, result, parent, name, r.body_bytes - sizeof(mkdir_request))
 
 
 cdef int op_symlink(request *r) noexcept nogil:
@@ -121,7 +140,7 @@ cdef int op_symlink(request *r) noexcept nogil:
     cdef char target[MAX_PATH]
     cdef symlink_request *body = <symlink_request *>r.body
     cdef node *parent = NULL
-    cdef int error
+    cdef int error, result = 0
     if r.body_bytes < sizeof(symlink_request) or \
             r.body_bytes != sizeof(symlink_request) + <size_t>body.name_bytes + body.target_bytes:
         return MALFORMED
@@ -132,7 +151,10 @@ cdef int op_symlink(request *r) noexcept nogil:
         error = _begin_named(r, name, body.name_bytes, ALLOW_CREATE, &parent)
     if error < 0:
         return error
-    return _finish_made(r, symlinkat(target, parent.fd, name), parent, name, body.name_bytes)
+    note_name(r, parent.fd, name)
+    if not was_made(r, parent.fd, name, S_IFLNK, 0):
+        result = symlinkat(target, parent.fd, name)
+    return _finish_made(r, result, parent, name, body.name_bytes)
 
 
 cdef int _link_must_not_widen(node *target, place where) noexcept nogil:
@@ -152,7 +174,7 @@ cdef int op_link(request *r) noexcept nogil:
     cdef node *target = NULL
     cdef place where
     cdef size_t name_bytes = r.body_bytes - sizeof(link_request)
-    cdef int error, result
+    cdef int error, result = 0
     if r.body_bytes < sizeof(link_request):
         return MALFORMED
     error = node_pin(r.s, (<link_request *>r.body).target, &target)
@@ -169,7 +191,9 @@ cdef int op_link(request *r) noexcept nogil:
         node_unpin(r.s, target)
         return error
     proc_path(source, target.fd)        # AT_EMPTY_PATH would demand CAP_DAC_READ_SEARCH of the caller
-    result = linkat(AT_FDCWD, source, parent.fd, name, AT_SYMLINK_FOLLOW)
+    note_name(r, parent.fd, name)
+    if not was_made(r, parent.fd, name, target.type, target.ino):
+        result = linkat(AT_FDCWD, source, parent.fd, name, AT_SYMLINK_FOLLOW)
     error = _finish_made(r, result, parent, name, name_bytes)
     node_unpin(r.s, target)
     return error
@@ -183,7 +207,11 @@ cdef int _remove(request *r, uint16_t needed, int flags) noexcept nogil:
     cdef int error = _begin(r, 0, needed, name, &parent)
     if error < 0:
         return error
-    error = -errno if unlinkat(parent.fd, name, flags) < 0 else 0
+    note_name(r, parent.fd, name)
+    if not was_removed(r, parent.fd, name):
+        error = -errno if unlinkat(parent.fd, name, flags) < 0 else 0
+    if storing and error == 0 and r.before != NULL:
+        name_removed(r.s, parent, r.before.ino)
     node_unpin(r.s, parent)
     return error
 
@@ -224,8 +252,13 @@ cdef int _rename(request *r, node *old, node *new, rename_names *names) noexcept
     if error < 0:
         return error
     as_caller(r)
-    if renameat2(old.fd, names.old, new.fd, names.new, body.flags) < 0:
+    note_names(r, old.fd, names.old, new.fd, names.new)
+    if not was_renamed(r, old.fd, names.old, new.fd, names.new, body.flags & RENAME_EXCHANGE) and \
+            renameat2(old.fd, names.old, new.fd, names.new, body.flags) < 0:
         return -errno
+    if storing and r.before != NULL:
+        name_removed(r.s, new, r.before.other_ino)
+    node_renamed(r.s, new, names.new)
     # What lies below a moved directory may have come under other rules.
     if source.allowed != destination.allowed or source.trie != OFF_TRIE or destination.trie != OFF_TRIE:
         rules_moved()

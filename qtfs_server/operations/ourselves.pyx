@@ -10,6 +10,10 @@ from qtfs_server.attributes cimport lies_on_cgroup
 from qtfs_server.descriptors cimport fd_path
 from qtfs_server.session cimport handle, session
 
+cdef extern from "<string.h>" nogil:
+    size_t strnlen(const char *, size_t)
+
+
 cdef size_t link_not_ours(char *target, size_t length) noexcept nogil:
     """Correct a link of procfs that leads to the process that reads it: the new length. `target` has room.
 
@@ -30,12 +34,13 @@ cdef size_t link_not_ours(char *target, size_t length) noexcept nogil:
 
 
 cdef bint _is_space(uint8_t character) noexcept nogil:
-    return character == b' ' or b'\t' <= character <= b'\r'
+    return character == b' ' or b'\t' <= character <= b'\r' or character == 0xa0  # the kernel's isspace()
 
 
 cdef bint _says_zero(const uint8_t *data, size_t size) noexcept nogil:
     """Whether kstrtoint(), base 0, reads 0 once blanks around are gone: 0, 00, -0, 0x0."""
     cdef size_t at = 0, zeros = 0
+    size = strnlen(<const char *>data, size)
     while size > 0 and _is_space(data[size - 1]):
         size -= 1
     while at < size and _is_space(data[at]):
@@ -47,15 +52,17 @@ cdef bint _says_zero(const uint8_t *data, size_t size) noexcept nogil:
     while at < size and data[at] == b'0':
         at += 1
         zeros += 1
-    return zeros > 0 and (at == size or data[at] == 0)
+    return zeros > 0 and at == size
 
 
 cdef bint moves_ourselves(session *s, const handle *h, const uint8_t *data, size_t size) noexcept nogil:
     """Whether a write would move the engine, as the process that writes, into a cgroup."""
     cdef char path[MAX_PATH]
     cdef const char *name
-    if not _says_zero(data, size) or not lies_on_cgroup(s, h.node) or fd_path(h.fd, path, sizeof(path)) <= 0:
+    if not _says_zero(data, size) or not lies_on_cgroup(s, h.node):
         return False
+    if fd_path(h.fd, path, sizeof(path)) <= 0:
+        return True                 # too long: it may be one of these
     name = strrchr(path, b'/')
     return name != NULL and (strcmp(name, b"/cgroup.procs") == 0 or strcmp(name, b"/cgroup.threads") == 0 or
                              strcmp(name, b"/tasks") == 0)

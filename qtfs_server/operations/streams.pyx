@@ -9,6 +9,7 @@ Sources: fifo(7), pipe(7), poll(2), Documentation/ABI/stable/sysfs-block.
 from libc.errno cimport EACCES, EAGAIN, EINPROGRESS, EINTR, ENXIO, EPERM, errno
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
+from qtfs_common.includes.polling cimport POLLIN, POLLOUT, POLLRDNORM, POLLWRNORM, poll, pollfd
 from qtfs_common.protocol cimport NODE_STREAM_WRITER, NODE_UNCACHED, OP_READ, OP_WRITE, OPENED_UNCACHED, POLL_NOTIFY, \
     READ_NONBLOCK, WRITE_NONBLOCK, attributes_reply, count_reply, open_reply, poll_reply, poll_request, read_request, \
     write_request
@@ -19,21 +20,9 @@ from qtfs_server.includes.linux cimport AT_FDCWD, O_ACCMODE, O_CLOEXEC, O_NOCTTY
     O_WRONLY, S_IFBLK, S_IFCHR, S_IFIFO, S_IFMT, S_IFREG, S_IFSOCK, close, ioctl, openat, pread, snprintf
 from qtfs_server.openers cimport wait_to_open
 from qtfs_server.policy cimport device_refusal
-from qtfs_server.request cimport DEFERRED, MALFORMED, as_caller, request
+from qtfs_server.request cimport DEFERRED, MALFORMED, as_caller, note_handle, request
 from qtfs_server.session cimport HANDLE_POLLABLE, HANDLE_STREAM, HANDLE_WRITABLE, handle, node
 from qtfs_server.streams cimport stream_arm, stream_take_news, stream_wait_for
-
-cdef extern from "<poll.h>" nogil:
-    struct pollfd:
-        int fd
-        short events
-        short revents
-    enum:
-        POLLIN
-        POLLOUT
-        POLLRDNORM
-        POLLWRNORM
-    int poll(pollfd *, unsigned long, int)
 
 cdef extern from "<stdlib.h>" nogil:
     unsigned long long strtoull(const char *, char **, int)
@@ -115,7 +104,8 @@ cdef int _open_block_device(request *r, node *n, uint32_t mode, open_reply *out)
     cdef int error, fd = _open_as_caller(r, n, mode)
     if fd < 0:
         return fd
-    error = handle_new(r.s, n, fd, HANDLE_WRITABLE if mode != O_RDONLY else 0, &id)
+    error = handle_new(r.s, n, fd, HANDLE_WRITABLE if mode != O_RDONLY else 0, mode, &id)
+    note_handle(r, error, id)
     out.handle = id
     out.flags = OPENED_UNCACHED
     out.reserved = 0

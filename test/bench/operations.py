@@ -56,8 +56,8 @@ def parallel(what: str, processes: int) -> str:
 
 #: What one to sixteen processes do, and how often all of them together.
 SHARED = {
-    "open + close": (throughput.open_close, 1600),
-    "create + write + unlink": (throughput.create_write_unlink, 640),
+    "open + close": (throughput.open_close, 4800),
+    "create + write + unlink": (throughput.create_write_unlink, 1280),
 }
 
 

@@ -22,14 +22,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from harness.leaks import descriptor_count, environment
+from harness.leaks import descriptor_count, descriptors, environment
+from harness.service_manager import ServiceManager
 from harness.waiting import wait_until
 
 from qtfs_common.addresses import Address, parse_address
+from qtfs_common.rundir import socket_path
 from qtfs_common.whitelist import Type
+from qtfs_server.control import control_name
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-OBSERVED = CHECKOUT / "test/harness/observed_engine.py"
 READY = re.compile(r"^qtfs engine: listening on (.+)\n", re.MULTILINE)
 START_TIMEOUT_S = 20.0
 STOP_TIMEOUT_S = 20.0
@@ -39,6 +41,10 @@ ALL_TRANSPORTS = (*TRANSPORTS, "shm")
 #: Whitelist types whose entries are paths that an engine checks.
 PATH_TYPES = tuple(t for t in Type if t not in (Type.KILL, Type.UDSCONNECT))
 Rules: TypeAlias = dict[Type, Sequence[str | os.PathLike[str]]]
+#: Descriptors with the least numbers, which an engine has from its start to its end.
+OWN_DESCRIPTORS = 8
+_SCRIPT_HEAD = "import os, signal\nfrom qtfs_server import cli, handover"
+_SCRIPT_END = "raise SystemExit(cli.main())"
 _BAD_LINE = re.compile(r"ERROR|CRITICAL|Traceback|Fatal Python error|AddressSanitizer")
 
 
@@ -67,11 +73,11 @@ class EngineProcess:
         arguments: Sequence[str] = (),
         workers: int = 4,
         limits: Sequence[str] = (),
-        plain: bool = False,
         special: str = "",
         within: Sequence[str] = (),
+        kept: int = 0,
     ) -> None:
-        """`special`: the text of special.toml; `plain`: the very command, without the socket that tells its figures.
+        """`special`: the text of special.toml. `kept`: a service manager keeps so many descriptors for it.
 
         `limits`: options of prlimit(1); `within`: a command that becomes the engine, unshare(1) for example.
         """
@@ -91,8 +97,9 @@ class EngineProcess:
         self.arguments = arguments
         self.process: subprocess.Popen[bytes] | None = None
         self._address: Address | None = None
-        self._plain = plain
         self._limits = limits
+        self._kept = kept
+        self.manager: ServiceManager | None = None
         self.within = within
         self._allowed: list[re.Pattern[str]] = []
         self.special.write_text(special)
@@ -111,31 +118,56 @@ class EngineProcess:
             raise
         self.stop()
         self.check_log()
+        # Its pages are there, unlike those of other files that tests leave.
+        (self.area / "engine.bar").unlink(missing_ok=True)
 
     def start(self) -> None:
         """Start and wait for the ready line. A second start of the same engine listens at the same address."""
+        self._start()
+
+    def _start(self, *more: str, script: str = "") -> None:
+        if self._kept and self.manager is None:
+            self.manager = ServiceManager(self.area / "notify", self._kept)
+        command, fds = [*self.command(script), *more], []
+        if self.manager is not None and not more:
+            command, fds = self.manager.start_with_kept(command)
         with self.log_path.open("ab") as log:
             begin = log.tell()
             self.process = subprocess.Popen(
-                self.command(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self._environment()
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self._environment(), pass_fds=fds
             )
 
         def ready() -> re.Match[str] | None:
             found = READY.search(self.log()[begin:])
             if found is None and self.exit_status() is not None:
-                raise AssertionError(f"the engine did not start:\n{self.log()[begin:]}")
+                raise AssertionError(f"the engine did not start ({self.exit_status()}):\n{self.log()[begin:]}")
             return found
 
         found = wait_until(ready, "the engine's ready line", START_TIMEOUT_S)
         self._address = parse_address(found.group(1).split(", ")[0])
 
-    def command(self) -> list[str]:
-        program = ["-m", "qtfs_server.cli"] if self._plain else [str(OBSERVED), str(self._figures_path)]
+    def upgrade(self, script: str = "") -> None:
+        """Have another engine take over; the one before it must end with status 0. AssertionError: it did not start.
+
+        `script`: Python that the new one executes first, with qtfs_server.handover as `handover`.
+        """
+        before = self.process
+        assert before is not None, "the engine was not started"
+        try:
+            self._start("--upgrade", script=script)
+        except AssertionError:
+            self.process = before
+            raise
+        status = before.wait(STOP_TIMEOUT_S)
+        assert status == 0, f"the engine that was replaced ended with {status}\n{self.log()}"
+
+    def command(self, script: str = "") -> list[str]:
         limit = ["prlimit", *self._limits] if self._limits else []
         listen = str(self._address) if self._address else self.listen
         options = ["--listen", listen, "--whitelist", str(self.whitelist), "--run-dir", str(self.run_dir)]
         options += ["--special", str(self.special)]
         options += ["--workers", str(self.workers), *self.arguments]
+        program = ["-c", f"{_SCRIPT_HEAD}\n{script}\n{_SCRIPT_END}"] if script else ["-m", "qtfs_server.cli"]
         return [*self.within, *limit, sys.executable, *program, *options]
 
     def stop(self) -> None:
@@ -159,12 +191,18 @@ class EngineProcess:
             self.process.wait()
             self.process = None
 
+    def forget_sessions(self) -> None:
+        """Have the next engine know nothing of this one's sessions, as if their grace were over."""
+        for left in (self.run_dir / "sessions").iterdir():
+            left.unlink()
+
     def exit_status(self) -> int | None:
         return self.process.poll() if self.process else 0
 
     def _environment(self) -> dict[str, str]:
         # Set, not inherited: what the tester's shell says must not reach it.
-        return environment(PYTHONPATH=str(CHECKOUT), QTFS_RUN_DIR=str(self.run_dir))
+        managed = self.manager.environment if self.manager is not None else {}
+        return environment(PYTHONPATH=str(CHECKOUT), QTFS_RUN_DIR=str(self.run_dir), **managed)
 
     # ---- what it says
 
@@ -182,14 +220,15 @@ class EngineProcess:
         return self.log_path.read_text(errors="replace")
 
     @property
-    def _figures_path(self) -> Path:
-        return self.area / "figures.sock"
+    def control_path(self) -> Path:
+        """Where the control socket is."""
+        return self.run_dir / control_name(self.address)
 
     def figures(self) -> dict[str, Any]:
-        """`Server.figures()` and the whitelist's denials."""
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        """What the control socket tells, see doc/control.md."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock, socket_path(self.control_path) as path:
             sock.settimeout(10)
-            sock.connect(str(self._figures_path))
+            sock.connect(path)
             data = b"".join(iter(lambda: sock.recv(65536), b""))
         figures: dict[str, Any] = json.loads(data)
         return figures
@@ -197,6 +236,22 @@ class EngineProcess:
     def descriptors(self) -> int:
         """Open descriptors of the process, as the kernel counts them."""
         return descriptor_count(self.pid)
+
+    def _own_descriptors(self) -> dict[int, str]:
+        return {fd: path for fd, path in descriptors(self.pid).items() if fd < OWN_DESCRIPTORS}
+
+    @contextlib.contextmanager
+    def without_descriptors(self) -> Iterator[None]:
+        """Nothing can be opened in the engine: all numbers below its limit are taken. It must keep what has them."""
+        own = self._own_descriptors()
+        assert len(own) == OWN_DESCRIPTORS
+        before = resource.prlimit(self.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(self.pid, resource.RLIMIT_NOFILE, (OWN_DESCRIPTORS, before[1]))
+        try:
+            yield
+        finally:
+            resource.prlimit(self.pid, resource.RLIMIT_NOFILE, before)
+        assert self._own_descriptors() == own
 
     def resident_bytes(self) -> int:
         return int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * resource.getpagesize()

@@ -4,8 +4,8 @@
         proxy.fault = once("reply", "MKDIR", lambda message: Cut(at=0))
 
 `fault` is asked about every message before it is handed on, in the thread of its connection and direction: while it
-waits, the message is delayed. None lets the message through; a `Cut` ends the connection, on both sides, once so many
-bytes of the message are out. Everything that went through whole is noted in `passed`.
+waits, the message is delayed. None lets the message through; otherwise it says what becomes of the message and of its
+connection: `Cut`, `HalfClose`, `Garble`, `Stale`. What went through whole is counted in `passed`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import signal
 import socket
 import struct
 import threading
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +27,7 @@ from harness.engine_process import EngineProcess
 from harness.waiting import wait_until
 
 from qtfs_client.connection import HEADER
-from qtfs_common.addresses import UnixAddress, connect_socket
+from qtfs_common.addresses import Address, TcpAddress, UnixAddress, connect_socket
 from qtfs_common.errors import QtfsError
 from qtfs_common.protocol import EVENT, OPERATION_NAMES
 
@@ -55,22 +57,48 @@ class Cut:
     stopped: int | None = None
 
 
-Fault: TypeAlias = Callable[[Message], Cut | None]
+@dataclass(frozen=True)
+class HalfClose:
+    """Hand the message on, and end this direction alone: who receives it sees the end, who sent it goes on."""
 
 
-def no_fault(message: Message) -> Cut | None:
+@dataclass(frozen=True)
+class Garble:
+    """Write `data` over the message from `at` on, hand it on, and end its direction if `ends`."""
+
+    at: int
+    data: bytes
+    ends: bool = False
+
+
+@dataclass(frozen=True)
+class Stale:
+    """For requests: end the client's side, and hand the message on once `messages` more have passed, or `seconds` have.
+
+    The engine gets it, if it still wants it, when the client has come back by another connection.
+    """
+
+    messages: int
+    seconds: float
+
+
+Action: TypeAlias = Cut | HalfClose | Garble | Stale
+Fault: TypeAlias = Callable[[Message], Action | None]
+
+
+def no_fault(message: Message) -> Action | None:
     return None
 
 
-def once(where: str, operation: str, cut: Callable[[Message], Cut | None]) -> Fault:
+def once(where: str, operation: str, strike: Callable[[Message], Action | None]) -> Fault:
     """A fault that strikes the first such message only."""
     struck = threading.Event()
 
-    def fault(message: Message) -> Cut | None:
+    def fault(message: Message) -> Action | None:
         if (message.where, message.operation) != (where, operation) or struck.is_set():
             return None
         struck.set()
-        return cut(message)
+        return strike(message)
 
     return fault
 
@@ -82,6 +110,8 @@ class Pair:
         self.client = client
         self.server = server
         self.slot: int | None = None
+        #: The direction that has ended alone: the other one ends both.
+        self.halves: str | None = None
 
     @property
     def is_event_channel(self) -> bool:
@@ -92,6 +122,11 @@ class Pair:
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
 
+    def end(self, where: str, destination: socket.socket) -> None:
+        """End one direction."""
+        self.halves = where
+        destination.shutdown(socket.SHUT_WR)
+
     def note_slot(self, operation: str, message: bytes) -> None:
         if operation == "MOUNT":
             self.slot = 0
@@ -100,20 +135,17 @@ class Pair:
 
 
 class FaultProxy:
-    """Listens on a Unix socket; `running()` bounds its life."""
+    """Listens on a Unix socket at `path`, or on a TCP port if the engine does; `running()` bounds its life."""
 
     def __init__(self, path: Path, engine: EngineProcess) -> None:
-        self.address = UnixAddress(str(path))
         self.fault: Fault = no_fault
-        self.passed: list[tuple[str, str]] = []
+        self.passed: Counter[tuple[str, str]] = Counter()
         self._engine = engine
         self._refusing = False
         self._guard = threading.Lock()
         self._pairs: set[Pair] = set()
-        self._threads: list[threading.Thread] = []
-        self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.bind(str(path))
-        self._socket.listen(128)
+        self._threads: set[threading.Thread] = set()
+        self._socket, self.address = _listening(path, over_tcp=engine.listen.startswith("tcp:"))
 
     @contextlib.contextmanager
     def running(self) -> Iterator[FaultProxy]:
@@ -124,7 +156,7 @@ class FaultProxy:
             self._refusing = True
             self._socket.shutdown(socket.SHUT_RDWR)
             self.cut_all()
-            for thread in self._threads:
+            for thread in list(self._threads):
                 thread.join(_JOIN_S)
             self._socket.close()
 
@@ -147,14 +179,20 @@ class FaultProxy:
 
     def count(self, where: str, operation: str) -> int:
         """How many such messages went through whole."""
-        return self.passed.count((where, operation))
+        return self.passed[where, operation]
 
     # ---- connections
 
     def _start(self, target: Callable[..., None], *arguments: object) -> None:
-        thread = threading.Thread(target=target, args=arguments, daemon=True)
+        thread = threading.Thread(target=self._run, args=(target, *arguments), daemon=True)
+        self._threads.add(thread)
         thread.start()
-        self._threads.append(thread)
+
+    def _run(self, target: Callable[..., None], *arguments: object) -> None:
+        try:
+            target(*arguments)
+        finally:
+            self._threads.discard(threading.current_thread())
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
@@ -182,24 +220,69 @@ class FaultProxy:
         source, destination = ways if where == "request" else ways[::-1]
         try:
             with contextlib.suppress(OSError):
-                while (data := _receive(source)) and self._hand_on(where, pair, data, destination):
-                    pass
+                while data := _receive(source):
+                    if not self._hand_on(where, pair, data, destination):
+                        return
         finally:
-            pair.cut()
+            if pair.halves != where:
+                pair.cut()
 
     def _hand_on(self, where: str, pair: Pair, data: bytes, destination: socket.socket) -> bool:
+        """False: this direction is over."""
         operation = OPERATION_NAMES[HEADER.unpack_from(data)[1]]
         if where == "request":
             pair.note_slot(operation, data)
-        cut = self.fault(Message(where, operation, pair.slot, len(data), pair))
-        if cut is not None:
-            with _stopped(cut.stopped):
-                destination.sendall(data[: cut.at])
+        action = self.fault(Message(where, operation, pair.slot, len(data), pair))
+        if isinstance(action, Cut):
+            with _stopped(action.stopped):
+                destination.sendall(data[: action.at])
                 pair.cut()
             return False
-        destination.sendall(data)
-        self.passed.append((where, operation))
-        return True
+        if isinstance(action, Garble):
+            data = data[: action.at] + action.data + data[action.at + len(action.data) :]
+        elif isinstance(action, Stale):
+            self._outlive(pair, action)
+        if action is None:
+            self._pass(where, operation, data, destination)
+        else:
+            destination.sendall(data)
+        if isinstance(action, HalfClose) or (isinstance(action, Garble) and action.ends):
+            pair.end(where, destination)
+            return False
+        return not isinstance(action, Stale) or self._bury(pair)
+
+    def _pass(self, where: str, operation: str, data: bytes, destination: socket.socket) -> None:
+        """Counted first: who has got a message finds it counted."""
+        with self._guard:
+            self.passed[where, operation] += 1
+        try:
+            destination.sendall(data)
+        except OSError:
+            with self._guard:
+                self.passed[where, operation] -= 1
+            raise
+
+    def _outlive(self, pair: Pair, stale: Stale) -> None:
+        """End the client's side, and wait."""
+        pair.client.shutdown(socket.SHUT_RDWR)
+        deadline, until = time.monotonic() + stale.seconds, self.passed.total() + stale.messages
+        while self.passed.total() < until and time.monotonic() < deadline:
+            time.sleep(0.001)
+
+    def _bury(self, pair: Pair) -> bool:
+        """Let the engine answer whom it wants, or end the connection that it thinks is over. False, for `_hand_on`."""
+        pair.end("request", pair.server)
+        return False
+
+
+def _listening(path: Path, over_tcp: bool) -> tuple[socket.socket, Address]:
+    if over_tcp:
+        sock = socket.create_server(("127.0.0.1", 0), backlog=128)
+        return sock, TcpAddress("127.0.0.1", sock.getsockname()[1])
+    sock = socket.socket(socket.AF_UNIX)
+    sock.bind(str(path))
+    sock.listen(128)
+    return sock, UnixAddress(str(path))
 
 
 def _receive(source: socket.socket) -> bytes:

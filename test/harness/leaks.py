@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
+import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,9 +15,12 @@ from pathlib import Path
 import psutil
 from harness.waiting import wait_until
 
+_CLONE_NEWNS, _MS_REC, _MS_PRIVATE = 0x20000, 0x4000, 0x40000
 VARIABLE = "QTFS_TEST_RUN"
 #: This test run; every process started by the harness inherits it.
 RUN = uuid.uuid4().hex
+#: The same for xdist's workers and whoever started them.
+SESSION_VARIABLE = "QTFS_TEST_SESSION"
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -23,9 +28,9 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, VARIABLE: RUN, "PYTHONUNBUFFERED": "1", **more}
 
 
-def our_processes() -> list[psutil.Process]:
-    """Processes of this test run, other than pytest itself."""
-    wanted = f"{VARIABLE}={RUN}".encode()
+def our_processes(variable: str = VARIABLE, value: str = RUN) -> list[psutil.Process]:
+    """Processes of this test run, other than pytest itself; or those that have a variable in their environment."""
+    wanted = f"{variable}={value}".encode()
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(OSError, psutil.Error):
@@ -44,8 +49,8 @@ def end_processes(processes: list[psutil.Process]) -> None:
 
 def mounts_below(path: str) -> list[str]:
     """Mount points at or below a path, innermost first."""
-    points = [line.split(" ")[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
-    plain = [point.encode().decode("unicode_escape").encode("latin-1").decode() for point in points]
+    points = [line.split(b" ")[4] for line in Path("/proc/self/mountinfo").read_bytes().splitlines()]
+    plain = [os.fsdecode(point.decode("unicode_escape").encode("latin-1")) for point in points]
     return sorted((p for p in plain if p == path or p.startswith(path.rstrip("/") + "/")), key=len, reverse=True)
 
 
@@ -70,6 +75,30 @@ def descriptor_count(pid: int) -> int:
 
 def thread_count(pid: int) -> int:
     return len(os.listdir(f"/proc/{pid}/task"))
+
+
+def resources() -> tuple[dict[int, str], set[threading.Thread]]:
+    """What this process has open, and its threads."""
+    return descriptors(), set(threading.enumerate())
+
+
+def left_open(before: tuple[dict[int, str], set[threading.Thread]]) -> list[str]:
+    """What has come since and is still there: sockets, pipes, event descriptors, devices, directories; threads.
+
+    Not the memory of multiprocessing, which keeps it for its next use.
+    """
+    kinds = ("socket:", "pipe:", "anon_inode:", "/dev/fuse", "/dev/shm", "/proc", "/sys")
+    known = set(before[0].values())
+    names = [name for name in descriptors().values() if name not in known and not name.startswith("/dev/shm/pym-")]
+    found = [f"descriptor {name}" for name in names if name.startswith(kinds)]
+    return found + [f"thread {thread.name}" for thread in set(threading.enumerate()) - before[1] if thread.is_alive()]
+
+
+def alone_with_mounts() -> None:
+    """From now on this process has a mount namespace of its own: unshare(2). Raises OSError."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(_CLONE_NEWNS) != 0 or libc.mount(b"none", b"/", None, _MS_REC | _MS_PRIVATE, None) != 0:
+        raise OSError(ctypes.get_errno(), "no mount namespace")
 
 
 @contextlib.contextmanager

@@ -21,9 +21,9 @@ NOBODY_IN_THE_WAY = 2
 class Opened:
     """A session's handle on a file that all lock."""
 
-    def __init__(self, session: Session, name: bytes = b"file") -> None:
+    def __init__(self, session: Session, path: str = "file") -> None:
         self.session = session
-        self.node = session.lookup(ROOT, name).node
+        self.node = session.walk(path).node
         self.handle = session.open(self.node, os.O_RDWR).handle
 
     def lock(self, kind: int, start: int = 0, end: int = END_OF_FILE, owner: int = 1, flags: int = 0) -> int:

@@ -10,6 +10,7 @@ have logged no error. Whatever happens in between, nothing is left mounted and n
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import subprocess
@@ -25,6 +26,7 @@ from qtfs_common.addresses import Address
 
 START_TIMEOUT_S = 20.0
 STOP_TIMEOUT_S = 20.0
+_MAIN = "from qtfs_client import cli\nraise SystemExit(cli.main())"
 _BAD_LINE = re.compile(r"ERROR|CRITICAL|Traceback|Fatal Python error|AddressSanitizer|Unraisable|Exception ignored")
 
 
@@ -32,9 +34,10 @@ class MountProcess:
     """`source` of an engine's machine mounted at `point`."""
 
     def __init__(
-        self, engine: EngineProcess, source: Path, point: Path, options: str = "", *, through: Address | None = None
-    ) -> None:
-        """`through`: where to connect instead of the engine itself, a proxy."""
+        self, engine: EngineProcess, source: Path, point: Path, options: str = "", *, through: Address | None = None,
+        script: str = "",
+    ) -> None:  # fmt: skip
+        """`through`: where to connect instead of the engine itself, a proxy. `script`: Python to execute first."""
         self.engine = engine
         self.source = source
         self.point = point
@@ -43,6 +46,7 @@ class MountProcess:
         self.umount = ["umount", *(["-R"] if "propagate" in options.split(",") else [])]
         self.log_path = point.with_name(point.name + ".log")
         self.process: subprocess.Popen[bytes] | None = None
+        self._program = ["-c", f"{script}\n{_MAIN}"] if script else ["-m", "qtfs_client.cli"]
 
     @contextlib.contextmanager
     def running(self) -> Iterator[MountProcess]:
@@ -57,8 +61,9 @@ class MountProcess:
         self.check_log()
 
     def start(self) -> None:
-        self.point.mkdir(exist_ok=True)
-        command = [sys.executable, "-m", "qtfs_client.cli", str(self.source), str(self.point), "-o", self.options]
+        with contextlib.suppress(FileExistsError):  # not exist_ok: that asks the mount, and it may be dead
+            self.point.mkdir()
+        command = [sys.executable, *self._program, str(self.source), str(self.point), "-o", self.options]
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment(PYTHONPATH=str(CHECKOUT))
@@ -67,10 +72,21 @@ class MountProcess:
         def ready() -> bool:
             assert self.process is not None
             assert self.process.poll() is None, f"mount.qtfs ended:\n{self.log()}"
-            return str(self.point) in mounts_below(str(self.point))
+            # In this order: what a dead daemon left goes before the new mount comes.
+            return not self._is_dead() and str(self.point) in mounts_below(str(self.point))
 
         wait_until(ready, "the mount", START_TIMEOUT_S)
         os.stat(self.point)
+
+    def _is_dead(self) -> bool:
+        """Whether a daemon that was killed has left the mount. Attributes might still be cached, this is not."""
+        try:
+            os.statvfs(self.point)
+        except OSError as error:
+            if error.errno not in (errno.ENOTCONN, errno.ECONNABORTED):
+                raise
+            return True
+        return False
 
     def stop(self) -> None:
         """Unmount; the daemon must end with status 0. Harmless if it is not mounted."""

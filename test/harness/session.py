@@ -376,7 +376,7 @@ class Session:
 
 def stream(address: Address, key: bytes | None = None) -> socket.socket:
     """A blocking socket past HELLO: it may send MOUNT, ATTACH, or rubbish."""
-    connection = Engine(address, key, REPLY_TIMEOUT_S)._connect()
+    connection = Engine(address, key, REPLY_TIMEOUT_S).connect()
     sock = socket.socket(fileno=connection.detach())
     sock.settimeout(REPLY_TIMEOUT_S)
     return sock

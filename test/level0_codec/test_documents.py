@@ -207,7 +207,7 @@ def test_deployment_lists_our_mount_options() -> None:
     listed = set(re.findall(r"`(\w+)=?", first_cells(ROOT / "doc/deployment.md", "## 3. The client")))
     words = {
         *("foreground", "proc", "propagate", "nopropagate", "ro", "rw", "allow_other", "noallow_other", "allow_root"),
-        *("lazy_cleanup", "nolazy_cleanup"),
+        *("lazy_cleanup", "nolazy_cleanup", "poll", "nopoll"),
     }
     alternatives = {"llfuse", "auto", "always"}
     assert listed - alternatives == {*CLIENT_SCHEMA, "config", *words}

@@ -25,6 +25,8 @@ pid_file = "/run/e.pid"
 run_dir = "/run/qtfs"
 key_file = "/etc/qtfs/key"
 grace = 2.5
+max_nodes = 4096
+max_handles = 256
 bar_layout = "channels=4,request=1M"
 port = 12345
 """
@@ -93,6 +95,8 @@ MISTAKES = [
     (ENGINE_SCHEMA, "grace = -1", 1, "grace: -1 is not a number of seconds"),
     (ENGINE_SCHEMA, "grace = nan", 1, "grace: nan is not a number of seconds"),
     (ENGINE_SCHEMA, "grace = inf", 1, "grace: inf"),
+    (ENGINE_SCHEMA, "grace = 4294967296", 1, "grace: 4294967296 is not a number of seconds"),
+    (CLIENT_SCHEMA, "timeout = 1e300", 1, "timeout: 1e+300 is not a number of seconds"),
     (ENGINE_SCHEMA, 'bar_layout = "channels=0"', 1, "channels=0: not a number from 1 to 1024"),
     (ENGINE_SCHEMA, "port = 65536", 1, "port: 65536 is not between 0 and 65535"),
     (ENGINE_SCHEMA, "port = 65536", 1, "port: 65536"),
@@ -156,6 +160,13 @@ def test_options_text_becomes_the_same_values(key: str, text: str, value: Any) -
 def test_options_text_that_is_no_number_is_refused(key: str, text: str) -> None:
     with pytest.raises(ValueError, match=re.escape(f"'{text}' is not a")):
         value_from_text(key, text, CLIENT_SCHEMA)
+
+
+def test_the_longest_times(tmp_path: Path) -> None:
+    for key, schema in (("grace", ENGINE_SCHEMA), ("timeout", CLIENT_SCHEMA)):
+        assert load_config(write(tmp_path, f"{key} = 4294967295"), schema) == {key: 4294967295.0}
+        with pytest.raises(ValueError, match=r"9999999999\.0 is not a number of seconds"):
+            value_from_text(key, "9999999999", schema)
 
 
 def test_the_installed_samples_load() -> None:

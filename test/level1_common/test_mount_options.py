@@ -75,6 +75,11 @@ def test_propagation_is_for_root(parse: Any) -> None:
         parse("-o", "server=2,propagate", privileged=False)
 
 
+def test_poll_is_for_those_who_want_it(parse: Any) -> None:
+    assert parse("-o", "server=2").poll and not parse("-o", "server=2,nopoll").poll
+    assert parse("-o", "server=2,nopoll,poll").poll
+
+
 def test_flags_of_mount8(parse: Any) -> None:
     found = parse("-sfnvr", "-N", "/proc/1/ns/mnt", "-t", "qtfs", "-o", "server=2")
     assert (found.fake, found.verbose, found.read_only, found.namespace) == (True, True, True, "/proc/1/ns/mnt")

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 from harness import wire
@@ -20,7 +21,7 @@ from harness.engine_process import TRANSPORTS, EngineProcess, everything_below
 from harness.fault_proxy import stopped
 from harness.session import Session, attach_stream, receive_exactly, stream
 from harness.waiting import wait_until
-from harness.wire import HEADER_BYTES, ROOT
+from harness.wire import HEADER_BYTES, NOBODY, ROOT
 
 from qtfs_client.connection import HandshakeError, SessionLostError
 from qtfs_common.addresses import Address, TcpAddress, connect_socket
@@ -107,7 +108,7 @@ def test_nothing_is_done_for_who_has_not_authenticated(guarded: EngineProcess, o
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_a_signal_ends_the_plain_command(tmp_path: Path, transport: str, number: signal.Signals) -> None:
     """Exit status 0, whatever clients hold, and the socket's file is gone."""
-    engine = EngineProcess(tmp_path, transport, plain=True)
+    engine = EngineProcess(tmp_path, transport)
     with engine.running():
         session = Session(engine.address, engine.share)
         session.create(ROOT, b"f")
@@ -139,7 +140,7 @@ def test_draining_answers_what_is_being_executed(own: EngineProcess) -> None:
 
 
 def test_a_second_engine_at_the_same_address_is_refused(own: EngineProcess, tmp_path: Path) -> None:
-    second = EngineProcess(tmp_path / "second", plain=True)
+    second = EngineProcess(tmp_path / "second")
     for run_dir in (own.run_dir, tmp_path / "elsewhere"):
         second.listen, second.run_dir = str(own.address), run_dir
         begin = len(second.log()) if second.log_path.exists() else 0
@@ -163,11 +164,88 @@ def test_an_engine_starts_again_after_sigkill(own: EngineProcess) -> None:
     assert own.address == address
     with pytest.raises(OSError):
         session.getattr(ROOT)
-    with pytest.raises(SessionLostError):
-        session.engine.attach(session.ticket, 0)
-    session.disconnect()
+    session.reattach()
+    assert session.getattr(ROOT).nlink
+    session.detach()
     with Session(own.address, own.share) as fresh:
         fresh.mkdir(ROOT, b"d")
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("ends", ["killed", "upgraded"])
+def test_a_session_whose_root_is_let_go_outlives_its_engine(own: EngineProcess, ends: str) -> None:
+    """Its root is let go, and after a while no more than a record; the next engine finds it all the same."""
+    with Session(own.address, own.share, let_go=True) as session:
+        handle = session.create(ROOT, b"f")[1].handle
+        session.write(handle, 0, b"kept")
+        before = own.figures()["sessions"][0]
+        wait_until(lambda: own.figures()["sessions"][0]["open_nodes"] == 1, "all to be let go but the open file")
+        if ends == "killed":
+            own.kill()
+            own.start()
+        else:
+            own.upgrade()
+        session.reattach()
+        assert session.read(handle, 0, 10) == b"kept"
+        assert session.lookup(ROOT, b"f").attr.size == 4
+        after = own.figures()["sessions"][0]
+        assert [after[key] for key in ("id", "nodes", "lookups")] == [before["id"], 2, before["lookups"] + 1]
+
+
+def test_a_file_without_permission_is_resized_by_the_next_engine(own: EngineProcess) -> None:
+    """ftruncate(2) as the first use of a file that is open for writing takes no permission, and loses nothing."""
+    path = own.share / "f"
+    path.touch()
+    path.chmod(0o666)
+    with Session(own.address, own.share, who=NOBODY) as session:
+        node = session.lookup(ROOT, b"f").node
+        handle = session.open(node, os.O_RDWR).handle
+        path.chmod(0o400)
+        own.kill()
+        own.start()
+        session.reattach()
+        assert session.setattr(node, size=5, handle=handle).size == 5
+        assert session.read(handle, 0, 9) == bytes(5)
+    assert own.figures()["lost_handles"] == 0
+
+
+def _die_in_release(engine: EngineProcess, handle: int) -> None:
+    """Kill an engine and leave a handle's entry as a RELEASE has it for a moment: unused, its number the same."""
+    engine.kill()
+    (tables,) = (engine.run_dir / "sessions").iterdir()
+    # The members of struct handle (session.pxd) from `generation` on: pins, index, next_free, flags.
+    entry = struct.pack("<III", handle >> 34, 0, handle >> 2 & 0xFFFFFFFF)
+    with tables.open("r+b") as file:
+        (at,) = (begin + data.index(entry) for begin, data in _written(file) if entry in data)
+        flags = os.pread(file.fileno(), 4, at + 16)
+        assert flags[0] & 1, "it is in use"
+        os.pwrite(file.fileno(), bytes(4), at + 16)
+
+
+def _written(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """The parts of a sparse file that are no holes, and where they begin."""
+    end = 0
+    with contextlib.suppress(OSError):  # ENXIO behind the last one
+        while True:
+            begin = os.lseek(file.fileno(), end, os.SEEK_DATA)
+            end = os.lseek(file.fileno(), begin, os.SEEK_HOLE)
+            yield begin, os.pread(file.fileno(), end - begin, begin)
+
+
+def test_a_handle_that_was_just_released_leaves_its_number_to_nobody(own: EngineProcess) -> None:
+    """The client repeats a RELEASE in which the engine died: it must not end another file's handle."""
+    (own.share / "f").touch()
+    with Session(own.address, own.share) as session:
+        node = session.lookup(ROOT, b"f").node
+        old = session.open(node).handle
+        _die_in_release(own, old)
+        own.start()
+        session.reattach()
+        new = session.open(node).handle
+        assert new != old
+        with pytest.raises(OSError, match=os.strerror(errno.ESTALE)):
+            session.release(old)
+        assert session.read(new, 0, 9) == b""
 
 
 def test_an_engine_that_was_stopped_goes_on(own: EngineProcess) -> None:

@@ -24,7 +24,7 @@ class Party:
     """An owner of a session and its handles on all files."""
 
     def __init__(self, session: Session, owner: int) -> None:
-        self.files = {name: Opened(session, name.encode()) for name in FILES}
+        self.files = {name: Opened(session, name) for name in FILES}
         self.owner = owner
         self.session = session
 
@@ -246,7 +246,7 @@ def test_what_is_left_of_a_handles_locks_goes_with_it(parties: list[Party]) -> N
     """F_OFD_SETLK: the open file is the owner, and only RELEASE tells of its end."""
     one, two, _ = parties
     assert one.lock("a") == 0
-    other = Opened(one.session, b"a")
+    other = Opened(one.session, "a")
     assert other.lock(WRITE, 20, 29, owner=77) == 0
     assert two.waits("a", WRITE, 0, 99)
     one.session.release(one.files["a"].handle)
@@ -270,7 +270,7 @@ def test_a_wait_outlives_the_close_of_another_descriptor(parties: list[Party]) -
 def test_an_owner_is_the_same_by_whatever_name(engine: EngineProcess, share: Path, session: Session) -> None:
     (share / "file").touch()
     (share / "again").hardlink_to(share / "file")
-    one, two = Opened(session), Opened(session, b"again")
+    one, two = Opened(session), Opened(session, "again")
     assert one.lock(WRITE) == two.lock(WRITE) == 0
     two.session.flush(two.handle, 1)
     assert one.lock(WRITE, owner=2) == 0

@@ -132,7 +132,7 @@ def test_more_files_than_threads_that_queue(engine: EngineProcess, share: Path, 
     local = [path.open("r+b") for path in files]
     for each in local:
         fcntl.lockf(each, fcntl.LOCK_EX)
-    opened = [Opened(session, bytes(path.name, "ascii")) for path in files]
+    opened = [Opened(session, path.name) for path in files]
     for number, each in enumerate(opened):
         each.wait(WRITE, number + 1)
     wait_until(lambda: sum(len(in_the_kernel(path, True)) for path in files) == 4, "four files to be queued for")

@@ -278,6 +278,20 @@ def test_asking_twice_is_waiting_once(one: Opened, two: Opened) -> None:
     assert one.lock(WRITE) == 0
 
 
+def test_asking_twice_holds_the_file_once(one: Opened, two: Opened, engine: EngineProcess) -> None:
+    """It is closed when it is released, as often as its wait was asked for again."""
+    handles = sum(session["handles"] for session in engine.figures()["sessions"])
+    one.lock(WRITE)
+    two.wait(WRITE, 7)
+    for _ in range(3):
+        two.session.lose_event()
+        two.wait(WRITE, 7)
+    two.session.event().ask("PING")
+    two.session.release(two.handle)
+    assert two.outcome() == (7, errno.EINTR)
+    assert sum(session["handles"] for session in engine.figures()["sessions"]) == handles - 1
+
+
 def test_a_wait_ends_with_its_handle(one: Opened, two: Opened) -> None:
     one.lock(WRITE)
     two.wait(WRITE, 7)

@@ -113,18 +113,45 @@ def test_what_only_reads_is_read_again(session: Session, share: Path) -> None:
     assert wire.attributes(again, 48).mode == stat.S_IFDIR | 0o711
 
 
-def test_a_repeated_listing_counts_no_lookups(session: Session, engine: EngineProcess, share: Path) -> None:
+def test_a_repeated_listing_counts_its_lookups_once(session: Session, engine: EngineProcess, share: Path) -> None:
+    """Those of the last reply: what has gone meanwhile is forgotten, what has come is counted."""
     for number in range(20):
         (share / str(number)).touch()
     handle = session.opendir(ROOT)
     message = request(session, "READDIR", struct.pack("<QQII", handle, 0, 65536, 1), 1)
     first = list(wire.dirents(exchange(session, message)[HEADER_BYTES:], True))
-    again = list(wire.dirents(exchange(session, message)[HEADER_BYTES:], True))
-    assert [d.name for d in first] == [d.name for d in again]
     assert sum(d.entry is not None for d in first) == 20
-    assert all(d.entry is None for d in again)
-    session.forget(*((d.entry.node, 1) for d in first if d.entry is not None))
-    assert engine.figures()["sessions"][0]["nodes"] == 1
+    for number in range(5):
+        (share / str(number)).unlink()
+    (share / "new").touch()
+    again = list(wire.dirents(exchange(session, message)[HEADER_BYTES:], True))
+    entries = [d.entry for d in again if d.entry is not None]
+    assert len(entries) == 16
+    assert engine.figures()["sessions"][0]["lookups"] == 1 + 16
+    session.forget(*((entry.node, 1) for entry in entries))
+    figures = engine.figures()["sessions"][0]
+    assert (figures["nodes"], figures["lookups"]) == (1, 1)
+    session.release(handle, op="RELEASEDIR")
+
+
+def test_a_listing_counts_as_many_lookups_as_can_be_taken_back(session: Session, share: Path) -> None:
+    """However much would fit."""
+    names = {b"%d" % number for number in range(1000)}
+    for name in names:
+        (share / os.fsdecode(name)).touch()
+    handle = session.opendir(ROOT)
+    counts, found, offset = [], [], 0
+
+    def read_on() -> list[wire.Dirent]:
+        body = struct.pack("<QQII", handle, offset, 1 << 20, 1)
+        return list(wire.dirents(session.ask("READDIR", body).body, True))
+
+    while listed := read_on():
+        counts.append(sum(d.entry is not None for d in listed))
+        found += [d.name for d in listed]
+        offset = listed[-1].offset
+    assert max(counts) == 256 and sum(counts) == len(names)
+    assert len(found) == len(names) + 2 and set(found) == names | {b".", b".."}
     session.release(handle, op="RELEASEDIR")
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from harness.leaks import descriptors
 from harness.server_machine import ALONE, ServerMachine
 from harness.session import Session
 from harness.waiting import wait_until
@@ -109,6 +110,23 @@ def test_nodes_come_back_by_path_where_handles_do_not_serve(tmp_path: Path) -> N
             server.umount("b")
             assert session.getattr(node).size == 2
             server.umount("a")
+
+
+def test_out_of_descriptors_no_other_one_is_taken_for_a_mounts(server: ServerMachine, session: Session) -> None:
+    """Nor closed as such. The node comes back once there are descriptors again."""
+    server.mount_tmpfs("a", "f")
+    place = os.fspath(server.share / "a")
+    node = session.walk("a/f").node
+
+    def is_let_go() -> bool:
+        return not any(path.startswith(place) for path in descriptors(server.pid).values())
+
+    wait_until(is_let_go, "the mount to be let go")
+    with server.without_descriptors():
+        assert refusal(session.getattr, node) in (errno.EMFILE, errno.ESTALE)
+    assert session.getattr(node).size == 2
+    wait_until(is_let_go, "the mount to be let go again")
+    server.umount("a")
 
 
 def test_an_open_file_holds_its_mount(server: ServerMachine, session: Session) -> None:

@@ -7,11 +7,11 @@ import os
 import stat
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from harness.engine_process import EngineProcess
+from harness.engine_process import EngineProcess, everything_below
 from harness.session import Session
 from harness.wire import NOBODY, ROOT, Who
 
@@ -196,6 +196,38 @@ def test_root_may_what_nobody_else_may(session: Session, share: Path) -> None:
     assert refusal(session.open, node, who=NOBODY) == errno.EACCES
 
 
+@pytest.fixture
+def sysctls(tmp_path: Path) -> Iterator[Session]:
+    """A session on /proc/sys/net of a network namespace of the engine's own, whose values are nobody else's."""
+    rules = everything_below("/proc")
+    with (
+        EngineProcess(tmp_path / "area", rules=rules, within=("unshare", "--net")).running() as engine,
+        Session(engine.address, "/proc/sys/net") as session,
+    ):
+        yield session
+
+
+@pytest.mark.root
+def test_sysctls_are_roots(sysctls: Session) -> None:
+    """Their permissions go by the effective uid, not by that of file systems."""
+    forward = sysctls.walk("ipv4/ip_forward").node
+    for who in (ALICE, Who(1001, 0), Who(1001, 2001, (0,))):
+        assert refusal(sysctls.open, forward, os.O_WRONLY, who=who) == errno.EACCES
+        sysctls.release(sysctls.open(forward, who=who).handle)
+    assert refusal(sysctls.access, forward, os.W_OK, who=ALICE) == errno.EACCES
+    assert refusal(sysctls.open, sysctls.walk("ipv4/tcp_fastopen_key").node, who=ALICE) == errno.EACCES
+    handle = sysctls.open(forward, os.O_WRONLY).handle
+    assert sysctls.write(handle, 0, b"1") == 1, "the next request is root's again"
+    sysctls.release(handle)
+
+
+@pytest.mark.parametrize("who", [Who(0xFFFFFFFF, 2001), Who(1001, 0xFFFFFFFF)])
+def test_the_number_that_is_no_id_is_nobodys(session: Session, open_share: Path, who: Who) -> None:
+    """setresuid(2) takes it for: as before."""
+    assert refusal(session.mkdir, ROOT, b"d", who=who) == errno.EINVAL
+    assert os.listdir(open_share) == []
+
+
 def test_trusted_attributes_are_for_root(session: Session, share: Path) -> None:
     (share / "f").touch()
     os.chown(share / "f", 1001, 2001)
@@ -219,6 +251,8 @@ def test_a_file_may_be_executed_without_being_readable(session: Session, share: 
     opened = session.open(node, os.O_RDONLY | for_execution, who=ALICE)
     assert session.read(opened.handle, 0, 2, who=ALICE) == b"#!"
     session.release(opened.handle)
+    session.release(session.open(node, os.O_RDONLY | os.O_TRUNC | for_execution, who=ALICE).handle)
+    assert (share / "tool").read_text() == "#!", "no kernel asks that"
     (share / "tool").chmod(0o644)
     assert refusal(session.open, node, os.O_RDONLY | for_execution, who=ALICE) == errno.EACCES
     assert refusal(session.open, node, os.O_RDWR | for_execution, who=ALICE) == errno.EACCES

@@ -109,6 +109,7 @@ def test_an_unlinked_file_stays_usable_through_its_node(session: Session, share:
     assert content(session, node) == b"still here"
 
 
+@pytest.mark.memory
 def test_lookups_and_forgets_cost_no_memory(session: Session, engine: EngineProcess, share: Path) -> None:
     for number in range(10):
         (share / str(number)).touch()
@@ -155,7 +156,8 @@ def submount(share: Path) -> Iterator[Path]:
     point.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "qtfs-test", point], check=True)
     yield point
-    subprocess.run(["umount", point], check=True)
+    # The engine may be reading its mount table.
+    wait_until(lambda: subprocess.run(["umount", point], check=False).returncode == 0, "the unmount")
 
 
 @pytest.mark.root
@@ -339,6 +341,44 @@ def test_a_node_put_aside_keeps_its_place_in_the_whitelist(pressed: tuple[Engine
         assert refusal(session.open, closed) == errno.EACCES
 
 
+def test_a_node_put_aside_comes_under_new_rules(pressed: tuple[EngineProcess, Session, Path]) -> None:
+    """Without being looked up again. Its descriptor comes from its file handle."""
+    engine, session, share = pressed
+    (share / "d").mkdir()
+    (share / "d/f").write_text("text")
+    node = session.walk("d/f").node
+    opened = session.open(node, os.O_WRONLY)
+    for _ in range(3):
+        assert session.write(opened.handle, 0, b"x") == 1
+        assert content(session, node) == b"xext"
+    engine.reload({**everything_below(share), Type.WRITE: ["/nowhere"]})
+    assert refusal(session.open, node, os.O_WRONLY) == errno.EACCES
+    assert refusal(session.write, opened.handle, 0, b"y") == errno.EACCES
+    assert content(session, node) == b"xext"
+    session.release(opened.handle)
+
+
+def test_a_directory_too_deep_for_paths_comes_under_new_rules(tmp_path: Path) -> None:
+    """The kernel does not tell its path, and that of no rule is as long. Files there are judged when looked up."""
+    rules = everything_below(tmp_path / "area/share")
+    with (
+        EngineProcess(tmp_path / "area", rules=rules).running() as engine,
+        Session(engine.address, engine.share) as session,
+    ):
+        deep, name = [ROOT], b"d" * 250
+        for _ in range(17):
+            deep.append(session.mkdir(deep[-1], name).node)
+        session.release(session.create(deep[-1], b"f")[1].handle)
+        engine.reload({**rules, Type.MKDIR: ["/nowhere"], Type.WRITE: ["/nowhere"]})
+        assert refusal(session.mkdir, deep[-1], b"e") == errno.EACCES
+        node = session.lookup(deep[-1], b"f").node
+        assert refusal(session.open, node, os.O_WRONLY) == errno.EACCES
+        session.release(session.open(node).handle)
+        session.unlink(deep[-1], b"f")
+        for parent in reversed(deep[:-1]):
+            session.rmdir(parent, name)
+
+
 def test_more_lookups_than_a_record_counts(pressed: tuple[EngineProcess, Session, Path]) -> None:
     engine, session, share = pressed
     (share / "d").mkdir()
@@ -357,6 +397,7 @@ def test_more_lookups_than_a_record_counts(pressed: tuple[EngineProcess, Session
     assert nodes(engine) == 2
 
 
+@pytest.mark.memory
 @pytest.mark.parametrize("descriptors", [1024, 20_000])
 def test_nodes_that_nobody_uses_cost_little(crowd: Path, descriptors: int) -> None:
     """Memory for a million of them is 34 bytes each, and however many descriptors there are, nodes do not keep all."""
@@ -393,7 +434,7 @@ def test_one_session_does_not_starve_another(crowd: Path) -> None:
             parent = hoarder.lookup(ROOT, b"0").node
             kept = [hoarder.lookup(parent, b"%d" % number).node for number in range(1000)]
             directory = other.lookup(ROOT, b"1").node
-            handles = [other.open(other.lookup(directory, b"%d" % number).node).handle for number in range(150)]
+            handles = [other.open(other.lookup(directory, b"%d" % number).node).handle for number in range(50)]
             for number, handle in enumerate(handles):
                 assert other.read(handle, 0, 100) == b"1/%d" % number
             assert content(hoarder, kept[0]) == b"0/0"
@@ -401,16 +442,16 @@ def test_one_session_does_not_starve_another(crowd: Path) -> None:
 
 
 def test_running_out_of_descriptors_is_an_error_and_passes(crowd: Path) -> None:
-    """Handles cannot be given up: opening more than there are fails with EMFILE, and works again after a release."""
-    with limited(crowd, 128, "full").running() as engine:
+    """Handles cannot be given up: opening more than a third fails with ENFILE, and works again after a release."""
+    with limited(crowd, 256, "full").running() as engine:
         with Session(engine.address, crowd / "share") as session:
             node = session.walk("0/0").node
             handles = []
             with pytest.raises(OSError) as caught:
                 for _ in range(200):
                     handles.append(session.open(node).handle)
-            assert caught.value.errno == errno.EMFILE
-            assert len(handles) > 80
+            assert caught.value.errno == errno.ENFILE
+            assert 50 < len(handles) < 80
             for handle in handles:
                 assert session.read(handle, 0, 10) == b"0/0"
             for handle in handles[:40]:

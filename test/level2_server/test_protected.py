@@ -254,6 +254,45 @@ def test_the_release_agent_of_cgroups_is_read_only(ruled: EngineProcess, share: 
             (share / "cgroup/made").rmdir()
 
 
+@pytest.mark.root
+@pytest.mark.parametrize("zero", [b"0", b"0\xa0", b"\xa00", b"0 \0x"])
+def test_zero_does_not_move_the_engine(ruled: EngineProcess, share: Path, zero: bytes) -> None:
+    with mounted(share / "cgroup", "-t", "cgroup", "-o", "none,name=qtfs-test", "cgroup"):
+        (share / "cgroup/made").mkdir()
+        try:
+            ruled.reload(everything_below(share))
+            with Session(ruled.address, share / "cgroup") as session:
+                for name in ("cgroup.procs", "tasks"):
+                    opened = session.open(session.walk(f"made/{name}").node, os.O_WRONLY)
+                    assert refusal(session.write, opened.handle, 0, zero) == errno.ESRCH
+                    session.release(opened.handle)
+            assert (share / "cgroup/made/tasks").read_text() == ""
+        finally:
+            for pid in (share / "cgroup/made/tasks").read_text().split():
+                (share / "cgroup/tasks").write_text(pid)
+            (share / "cgroup/made").rmdir()
+
+
+@pytest.mark.root
+def test_zero_does_not_move_the_engine_however_deep(ruled: EngineProcess, share: Path) -> None:
+    """Where the kernel does not tell the path of a descriptor any more."""
+    with mounted(share / "cgroup", "-t", "cgroup", "-o", "none,name=qtfs-test", "cgroup"):
+        ruled.reload(everything_below(share))
+        with Session(ruled.address, share / "cgroup") as session:
+            nodes, name = [ROOT], b"d" * 250
+            try:
+                for _ in range(17):
+                    nodes.append(session.mkdir(nodes[-1], name).node)
+                opened = session.open(session.lookup(nodes[-1], b"cgroup.procs").node, os.O_RDWR)
+                assert refusal(session.write, opened.handle, 0, b"0") == errno.ESRCH
+                assert session.read(opened.handle, 0, 100) == b""
+                session.release(opened.handle)
+            finally:
+                (share / "cgroup/cgroup.procs").write_text(str(ruled.pid))
+                for node in reversed(nodes[:-1]):
+                    session.rmdir(node, name)
+
+
 # ---- links
 
 

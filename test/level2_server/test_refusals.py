@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import stat
 import struct
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from harness.engine_process import EngineProcess
 from harness.session import Session
+from harness.waiting import wait_until
 from harness.wire import NOBODY, ROOT
 
 from qtfs_client.connection import HandshakeError, SessionLostError
@@ -314,6 +316,26 @@ def test_a_source_may_lead_through_symbolic_links(engine: EngineProcess, share: 
     with Session(engine.address, share / "link") as session:
         session.mkdir(ROOT, b"made")
     assert (share / "d/made").is_dir()
+
+
+def test_a_source_whose_real_path_is_too_long_is_refused(engine: EngineProcess, share: Path) -> None:
+    """A symbolic link leads where no path of that length does. Each attempt gives back what it opened."""
+    names = ["d" * 255] * 18
+    directory = os.open(share, os.O_RDONLY)
+    for name in names:
+        os.mkdir(name, dir_fd=directory)
+        below = os.open(name, os.O_RDONLY, dir_fd=directory)
+        os.close(directory)
+        directory = below
+    os.close(directory)
+    (share / "link").symlink_to("/".join(names[:12]))
+    before = engine.descriptors()
+    for _ in range(5):
+        with pytest.raises(HandshakeError) as caught:
+            Session(engine.address, share / "link" / "/".join(names[12:]))
+        assert caught.value.errno == errno.ENAMETOOLONG
+    wait_until(lambda: engine.descriptors() <= before, "the engine to close the directory", 5)
+    shutil.rmtree(share / names[0])
 
 
 # ---- joining a session

@@ -476,7 +476,9 @@ def own_engine(tmp_path: Path) -> Iterator[EngineProcess]:
 
 
 def restarted(engine: EngineProcess) -> None:
+    """Another engine, which knows nothing of its sessions."""
     engine.kill()
+    engine.forget_sessions()
     engine.start()
 
 

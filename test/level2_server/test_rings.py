@@ -6,15 +6,16 @@ import contextlib
 import errno
 import os
 import random
+import stat
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 from harness import wire
-from harness.engine_process import EngineProcess
+from harness.engine_process import EngineProcess, everything_below
 from harness.ring_file import (
     BY_LINK,
     EPOCH,
@@ -27,9 +28,12 @@ from harness.ring_file import (
     bar_path,
 )
 from harness.session import MAX_PAYLOAD, Session, Slot
+from harness.streams import read_body
 from harness.waiting import wait_until
 from harness.wire import ROOT
 
+from qtfs_client.connection import Engine
+from qtfs_common.addresses import parse_address
 from qtfs_common.errors import QtfsError
 from qtfs_common.protocol import OPERATIONS
 from qtfs_common.transport import Connection
@@ -81,6 +85,63 @@ def test_every_size_where_only_two_messages_fit(tight: EngineProcess) -> None:
         payload = session.ticket.max_payload
         assert payload == 65_536
         echo(session, session.create(ROOT, b"f")[1].handle, sizes, draw.randbytes(payload + 61))
+
+
+# ---- a device that has more than the area takes
+
+PAST_THE_AREA = 200_000
+
+
+@pytest.fixture
+def random_device(tmp_path: Path) -> Iterator[EngineProcess]:
+    """An engine that listens at a socket, and at memory with the smallest channels; it shares the device `random`."""
+    area = tmp_path / "engine"
+    rules = {kind: [area / "share", area / "share/random"] for kind in everything_below("/")}
+    arguments = ("--listen", f"shm://{area}/engine.bar", "--bar-layout", TIGHT)
+    with EngineProcess(area, "unix", rules=rules, arguments=arguments).running() as engine:
+        os.mknod(engine.share / "random", stat.S_IFCHR | 0o666, os.makedev(1, 9))
+        yield engine
+
+
+@contextlib.contextmanager
+def untouched(engine: EngineProcess) -> Iterator[None]:
+    """The body uses one channel; the areas of the others stay as they are."""
+    with RingFile(engine.area / "engine.bar") as ring:
+        yield
+        (used,) = ring.served()
+        for channel in {0, 1, 2} - {used}:
+            begin = ring.request_area(channel)
+            assert not any(ring.map[begin : begin + 2 * (144 << 10)]), f"channel {channel}"
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("size", [PAST_THE_AREA, MAX_PAYLOAD])
+def test_a_device_is_not_read_past_the_reply_area(random_device: EngineProcess, size: int) -> None:
+    with (
+        Session(f"shm://{random_device.area}/engine.bar", random_device.share) as session,
+        untouched(random_device),
+    ):
+        handle = session.open(session.lookup(ROOT, b"random").node).handle
+        assert session.ask("READ", read_body(handle, size)).error == errno.EMSGSIZE
+        assert len(session.read(handle, 0, session.ticket.max_payload)) == session.ticket.max_payload
+
+
+@pytest.mark.root
+def test_a_kept_reply_is_not_written_past_the_reply_area(random_device: EngineProcess) -> None:
+    """It was kept when the slot's connection was a socket, which takes longer ones. Our client would mount again."""
+    with Session(random_device.address, random_device.share) as session:
+        handle = session.open(session.lookup(ROOT, b"random").node).handle
+        request = session.slot(1).send("READ", wire.caller(ROOT) + read_body(handle, PAST_THE_AREA))
+        assert len(session.slot(1).receive().body) == PAST_THE_AREA
+        session.slots.pop(1).connection.close()
+        smaller = Engine(parse_address(f"shm://{random_device.area}/engine.bar"), None, REPLY_S)
+        with untouched(random_device):
+            connection, last = smaller.attach(replace(session.ticket, max_payload=65_536), 1)
+            session.slots[1] = Slot(1, connection, last)
+            connection.send(request)
+            reply = session.slot(1).receive()
+            assert (reply.op, reply.error, reply.sequence) == (OPERATIONS["READ"], errno.EIO, last)
+            assert len(session.read(handle, 0, 1000, slot=1)) == 1000
 
 
 # ---- a peer that writes nonsense into the memory
@@ -287,6 +348,6 @@ def chats(pair: Pair) -> bool:
     except OSError:
         pair.connection().close()
         with contextlib.suppress(QtfsError):  # the handshake breaks too
-            pair.attacker.slots[0] = Slot(0, pair.attacker.engine.with_timeout(0.5)._connect())
+            pair.attacker.slots[0] = Slot(0, pair.attacker.engine.with_timeout(0.5).connect())
         return False
     return True

@@ -73,8 +73,25 @@ def second_engine(own: EngineProcess, path: Path, *arguments: str) -> str:
 def refusal(own: EngineProcess, timeout_s: float = 0.5) -> ConnectError:
     """Why nobody can connect."""
     with pytest.raises(ConnectError) as caught:
-        Engine(own.address, timeout_s=timeout_s)._connect().close()
+        Engine(own.address, timeout_s=timeout_s).connect().close()
     return caught.value
+
+
+@contextlib.contextmanager
+def client_process(own: EngineProcess, code: str) -> Iterator[None]:
+    """A client in a process of its own, which has run `code` and waits; it is killed at the end."""
+    text = "import sys, time; from harness.session import Session; from qtfs_common.rings import shared\n"
+    text += code + "\nprint('ready', flush=True); time.sleep(60)"
+    with subprocess.Popen(
+        [sys.executable, "-c", text, str(own.address), str(own.share)],
+        env=environment(PYTHONPATH=f"{CHECKOUT}:{CHECKOUT / 'test'}"),
+        stdout=subprocess.PIPE,
+    ) as client:
+        try:
+            assert client.stdout is not None and client.stdout.readline() == b"ready\n"
+            yield
+        finally:
+            client.kill()
 
 
 # ---- the engine's beginning
@@ -125,6 +142,44 @@ def test_what_an_engine_cannot_serve(own: EngineProcess, tmp_path: Path) -> None
     assert "No such file or directory" in second_engine(own, tmp_path / "absent" / "x")
     assert "too long" in second_engine(own, tmp_path / ("x" * 100))
     assert small.read_bytes() == bytes(100_000), "what is not served is not touched"
+
+
+@pytest.fixture
+def full(tmp_path: Path) -> Iterator[Path]:
+    """A tmpfs of one MiB."""
+    place = tmp_path / "full"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", place], check=True)
+    yield place
+    subprocess.run(["umount", "-l", place], check=True)  # our own mapping goes when Python comes to it
+
+
+@pytest.mark.root
+def test_memory_that_is_not_there(own: EngineProcess, full: Path) -> None:
+    """A file may be larger than what its file system has: then it is refused at once, and left as it was."""
+    said = second_engine(own, full / "made")
+    assert "bytes cannot be had: No space left on device" in said
+    assert (full / "made").stat().st_size == 0
+    with (full / "sparse").open("wb") as file:
+        file.truncate(8 * MIB)
+    said = second_engine(own, full / "sparse")
+    assert f"cannot listen on shm://{full}/sparse: its " in said and "No space left on device" in said
+    assert (full / "sparse").stat().st_size == 8 * MIB
+
+
+@pytest.mark.root
+def test_no_page_of_the_layout_is_missing(own: EngineProcess, full: Path) -> None:
+    """Who fills the file system up later does not take the memory away."""
+    engine = EngineProcess(own.area / "third", "shm", arguments=("--bar-layout", "channels=2,request=160K,reply=160K"))
+    engine.listen = f"shm://{full}/bar"
+    with engine.running():
+        with contextlib.suppress(OSError), (full / "rest").open("wb", buffering=0) as file:
+            while file.write(bytes(4096)):
+                pass
+        with Session(engine.address, engine.share) as session:
+            opened = session.create(ROOT, b"file")[1]
+            assert session.write(opened.handle, 0, bytes(60000)) == 60000
+            assert session.read(opened.handle, 0, 60000) == bytes(60000)
 
 
 def test_a_layout_that_does_not_fit_or_is_none(own: EngineProcess, tmp_path: Path) -> None:
@@ -225,19 +280,8 @@ def test_all_channels_are_taken(own: EngineProcess) -> None:
 
 def test_a_client_that_is_killed_frees_its_channels(own: EngineProcess) -> None:
     """At once: no beat has to stop."""
-    text = "import sys, time; from harness.session import Session; s = Session(sys.argv[1], sys.argv[2])\n"
-    text += "s.slot(1); s.slot(2); print('ready', flush=True); time.sleep(60)"
-    path = f"{CHECKOUT}:{CHECKOUT / 'test'}"
-    with subprocess.Popen(
-        [sys.executable, "-c", text, str(own.address), str(own.share)],
-        env=environment(PYTHONPATH=path),
-        stdout=subprocess.PIPE,
-    ) as client:
-        try:
-            assert client.stdout is not None and client.stdout.readline() == b"ready\n"
-            assert refusal(own).errno == errno.EBUSY
-        finally:
-            client.kill()
+    with client_process(own, "s = Session(*sys.argv[1:]); s.slot(1); s.slot(2)"):
+        assert refusal(own).errno == errno.EBUSY
     begun = time.monotonic()
     with Session(own.address, own.share) as session:
         session.slot(1)
@@ -245,9 +289,10 @@ def test_a_client_that_is_killed_frees_its_channels(own: EngineProcess) -> None:
     assert time.monotonic() - begun < 2
 
 
-def test_a_lost_engine_ends_sessions_and_another_begins_new_ones(own: EngineProcess) -> None:
+def test_an_engine_that_forgot_its_sessions_begins_new_ones(own: EngineProcess) -> None:
     session = Session(own.address, own.share)
     own.kill()
+    own.forget_sessions()
     own.start()
     with pytest.raises(ConnectionResetError):
         session.getattr(ROOT)
@@ -381,19 +426,8 @@ def test_a_far_client_notices_that_the_engine_was_restarted(own: EngineProcess) 
 
 def test_the_death_of_a_far_client_is_noticed_by_its_beat(own: EngineProcess) -> None:
     """And its claim, which stays in the memory, is not taken up again."""
-    text = "import sys, time; from harness.session import Session; from qtfs_common.rings import shared\n"
-    text += "shared.boot_id = lambda: bytes(16); s = Session(sys.argv[1], sys.argv[2]); print('ready', flush=True)\n"
-    text += "time.sleep(60)"
-    path = f"{CHECKOUT}:{CHECKOUT / 'test'}"
-    with subprocess.Popen(
-        [sys.executable, "-c", text, str(own.address), str(own.share)],
-        env=environment(PYTHONPATH=path),
-        stdout=subprocess.PIPE,
-    ) as client:
-        try:
-            assert client.stdout is not None and client.stdout.readline() == b"ready\n"
-        finally:
-            client.kill()
+    with client_process(own, "shared.boot_id = lambda: bytes(16); s = Session(*sys.argv[1:])"):
+        pass
     with RingFile(bar_path(own)) as ring:
         epoch = ring.get(ring.client_line(0) + EPOCH)
         assert epoch and ring.served() == [0]

@@ -141,6 +141,38 @@ NEEDS_TOO = {
 }
 
 
+def test_a_change_of_nothing_needs_a_type(ruled: EngineProcess, share: Path) -> None:
+    """It takes suid away and is a change, whatever it does not set."""
+    (share / "suid").touch()
+    (share / "suid").chmod(0o4755)
+    ruled.reload(everything_below(share))
+    with Session(ruled.address, share) as session:
+        node = session.lookup(ROOT, b"suid").node
+        ruled.reload(all_but(share, Type.WRITE, Type.SETATTR))
+        assert refusal(session.setattr, node) == errno.EACCES
+        rule = f'[[rule]]\npath = "{share}/suid"\naction = "readonly"\n'
+        ruled.reload(everything_below(share), rule)
+        assert refusal(session.setattr, node) == errno.EROFS
+        assert (share / "suid").stat().st_mode & 0o4000
+        for kind in (Type.WRITE, Type.SETATTR):
+            (share / "suid").chmod(0o4755)
+            ruled.reload(all_but(share, kind), "")
+            assert session.setattr(node).mode & 0o7777 == 0o755
+
+
+def test_a_size_is_set_through_a_handle_of_the_file_only(ruled: EngineProcess, share: Path) -> None:
+    """Else the rules would be asked for one file and another would be cut."""
+    ruled.reload(everything_below(share))
+    (share / "decoy").write_text("text")
+    (share / "kept").write_text("text")
+    with Session(ruled.address, share) as session:
+        decoy, kept = (session.lookup(ROOT, name).node for name in (b"decoy", b"kept"))
+        handle = session.open(kept, os.O_RDWR).handle
+        assert refusal(session.setattr, decoy, size=0, handle=handle) == errno.EINVAL
+        session.release(handle)
+    assert (share / "decoy").read_text() == (share / "kept").read_text() == "text"
+
+
 def test_what_only_looks_is_always_allowed(ruled: EngineProcess, share: Path) -> None:
     """Names and attributes below a mount are the mount's own; only what they hold is a type's."""
     (share / "file").write_text("text")
@@ -305,7 +337,8 @@ def test_many_reloads_while_requests_run(ruled: EngineProcess, share: Path) -> N
                 outcomes.add(reply.error)
                 assert reply.error in (0, errno.EACCES)
                 assert (share / name.decode()).exists() == (reply.error == 0)
-            ruled.reload(everything_below(share) if allowed else all_but(share, Type.MKDIR))
+            for _ in range(2):  # what ends first may have begun before the list was written
+                ruled.reload(everything_below(share) if allowed else all_but(share, Type.MKDIR))
             assert session.ask("MKDIR", struct.pack("<II", 0o755, 0) + b"%d" % round_).error == (
                 0 if allowed else errno.EACCES
             )

@@ -98,12 +98,12 @@ def test_a_remount(session: Session, share: Path) -> None:
     made(share, "d")
     tmpfs(session, b"d")
     options = [(errands.FLAG, b"ro", b"")]
-    mount(session, REMOUNT, b"d", wanted=errands.NODEV, options=options)
+    mount(session, REMOUNT, b"d", wanted=errands.NOEXEC, options=options)
     (row,) = mountinfo(share)
-    assert "nodev" in row[5].split(",") and "ro" in row[-1].split(",")
-    mount(session, REMOUNT, b"d", unwanted=errands.NODEV, flags=errands.BIND_ONLY)
+    assert "noexec" in row[5].split(",") and "ro" in row[-1].split(",")
+    mount(session, REMOUNT, b"d", unwanted=errands.NOEXEC, flags=errands.BIND_ONLY)
     (row,) = mountinfo(share)
-    assert "nodev" not in row[5].split(",") and "ro" in row[-1].split(",")
+    assert "noexec" not in row[5].split(",") and "ro" in row[-1].split(",")
     umount(session, b"d")
 
 
@@ -191,6 +191,66 @@ def test_a_device_node_that_a_client_made_is_no_disk(session: Session, share: Pa
     session.mknod(ROOT, b"disk", 0o60600, os.minor(root) & 0xFF | os.major(root) << 8)
     with refused(errno.ENOTBLK):
         mount(session, NEW, b"d", b"disk", b"ext4", flags=errands.SOURCE_BELOW)
+
+
+@contextmanager
+def devices_engine(area: Path) -> Iterator[EngineProcess]:
+    """An engine with its own mount table, and everything allowed below its share and below /dev/pts."""
+    rules = {kind: [area / "share", "/dev/pts"] for kind in PATH_TYPES}
+    apart = ("unshare", "--mount", "--propagation", "private")
+    with EngineProcess(area, rules=rules, within=apart).running() as engine:
+        yield engine
+
+
+def opens_zero(session: Session, path: str) -> bool:
+    """Whether a device node is opened; EACCES is the only refusal."""
+    try:
+        handle = session.open(session.walk(path).node).handle
+    except OSError as error:
+        assert error.errno == errno.EACCES
+        return False
+    assert session.read(handle, 0, 4) == bytes(4)
+    session.release(handle)
+    return True
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_a_device_node_is_not_bound_to_where_devices_are_named(tmp_path: Path, fresh: bool) -> None:
+    """The whitelist names devices by path: another device must not appear under one of these."""
+    zero = b"m/zero" if fresh else b"zero"
+    with devices_engine(tmp_path / "area") as engine:
+        made(engine.share, "m")
+        with Session(engine.address, engine.share) as session, Session(engine.address, "/dev/pts") as terminals:
+            tmpfs(session, b"m")
+            session.mknod(session.walk("m").node if fresh else ROOT, b"zero", 0o20666, 0x105)
+            source = os.fsencode(engine.share) + b"/" + zero
+            mount(terminals, BIND, b"ptmx", source)
+            assert not opens_zero(terminals, "ptmx")
+            with refused(errno.EPERM):
+                mount(terminals, REMOUNT, b"ptmx", flags=errands.BIND_ONLY, unwanted=errands.NODEV)
+            with refused(errno.EPERM):
+                mount(terminals, BIND, b"ptmx", source, unwanted=errands.NODEV)
+
+
+@pytest.mark.parametrize("flags", [0, errands.RECURSIVE])
+@pytest.mark.parametrize("action", [BIND, MOVE])
+def test_what_the_server_mounted_loses_its_devices_elsewhere(
+    session: Session, share: Path, action: int, flags: int
+) -> None:
+    made(share, "a", "b")
+    for point in ("a", "a/below"):
+        made(share, point)
+        subprocess.run(["mount", "-t", "tmpfs", "qtfs-test", share / point], check=True)
+    mount(session, action, b"b", b"a", flags=errands.SOURCE_BELOW | flags)
+    there = [row for row in mountinfo(share) if row[4].startswith(f"{share}/b")]
+    assert len(there) == (1 if action == BIND and not flags else 2)
+    assert all("nodev" in row[5].split(",") for row in there)
+
+
+def test_a_named_device_may_be_bound(tmp_path: Path) -> None:
+    with devices_engine(tmp_path / "area") as engine, Session(engine.address, "/dev/pts") as terminals:
+        mount(terminals, BIND, b"ptmx", b"ptmx", flags=errands.SOURCE_BELOW)
+        terminals.release(terminals.open(terminals.lookup(ROOT, b"ptmx").node, os.O_RDWR).handle)
 
 
 def test_only_root_mounts(session: Session, share: Path) -> None:
@@ -482,6 +542,25 @@ def test_mounts_that_go_with_their_session(tmp_path: Path, end: str) -> None:
         getattr(session, end)()
         try:
             wait_until(lambda: mounts_below(str(area)) == [str(area / "share/stays")], "the mounts to go")
+        finally:
+            session.disconnect()
+            unmount_below(str(area))
+
+
+def test_mounts_outlive_an_upgrade(tmp_path: Path) -> None:
+    """And still go with their session."""
+    area = tmp_path / "area"
+    engine = EngineProcess(area, arguments=("--grace", "2"))
+    made(area, "share/goes")
+    with engine.running():
+        session = Session(engine.address, engine.share)
+        tmpfs(session, b"goes", flags=errands.LAZY_CLEANUP)
+        try:
+            before = engine.figures()["sessions"][0]["mounts"]
+            engine.upgrade()
+            assert mounts_below(str(area)) == [str(area / "share/goes")]
+            assert engine.figures()["sessions"][0]["mounts"] == before
+            wait_until(lambda: not mounts_below(str(area)), "the mount to go")
         finally:
             session.disconnect()
             unmount_below(str(area))

@@ -1,78 +1,55 @@
-"""FIFOs and devices as an engine serves them: what waits, what is told of readiness, what breaks and is asked again."""
+"""FIFOs as an engine serves them: what waits, what is told of readiness, what breaks and is asked again."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import random
 import select
+import socket
 import stat
 import struct
 import subprocess
 import sys
-import termios
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 from harness import wire
-from harness.engine_process import EngineProcess, everything_below
-from harness.leaks import thread_count
+from harness.engine_process import EngineProcess
 from harness.session import Session, attach_stream, is_closed_by_peer
+from harness.streams import (
+    ERR,
+    HUP,
+    IN,
+    OUT,
+    PING_TAG,
+    POLLABLE,
+    STREAM,
+    STREAM_READER,
+    STREAM_WRITER,
+    UNCACHED,
+    answer,
+    count,
+    is_quiet,
+    later,
+    open_body,
+    read_body,
+    ready,
+    write_body,
+)
 from harness.waiting import wait_until
-from harness.wire import ROOT, Reply, Who
+from harness.wire import ROOT, Who
 
 from qtfs_common.protocol import OPERATIONS
-from qtfs_common.whitelist import Type
 
-STREAM_READER, STREAM_WRITER = 1 << 63, 1 << 63 | 1 << 61
-UNCACHED, STREAM = 1, 4
 READ_NONBLOCK, WRITE_NONBLOCK = 1, 8
-POLLABLE = 2  # bit of a handle
 PIPE_BYTES = 65536
-IN, OUT, ERR, HUP = select.POLLIN, select.POLLOUT, select.POLLERR, select.POLLHUP
-PING_TAG = 999_999
 
 
 # ---- requests that wait
-
-
-def open_body(flags: int) -> bytes:
-    return struct.pack("<II", flags, 0)
-
-
-def read_body(handle: int, size: int = 65536, flags: int = 0) -> bytes:
-    return struct.pack("<QQII", handle, 0, size, flags)
-
-
-def write_body(handle: int, data: bytes, flags: int = 0) -> bytes:
-    return struct.pack("<QQII", handle, 0, len(data), flags) + data
-
-
-def later(session: Session, op: str, body: bytes, tag: int, node: int = ROOT, who: Who | None = None) -> None:
-    """Ask over the event channel."""
-    session.event().send(op, wire.caller(node, who or session.who) + body, tag)
-
-
-def answer(session: Session, op: str, tag: int) -> Reply:
-    """The next message of the event channel, which must be that answer."""
-    reply = session.event().receive()
-    assert (reply.op, reply.tag, reply.flags) == (OPERATIONS[op], tag, 1), reply
-    return reply
-
-
-def is_quiet(session: Session) -> bool:
-    """Nothing has come over the event channel, and the engine has seen all that was sent before."""
-    session.event().send("PING", tag=PING_TAG)
-    reply = session.event().receive()
-    return reply.tag == PING_TAG
-
-
-def count(reply: Reply) -> int:
-    return int(struct.unpack("<Q", reply.body)[0])
 
 
 class Fifo(NamedTuple):
@@ -550,13 +527,6 @@ def test_what_is_ready(fifo: Fifo) -> None:
     assert session.poll(writer, OUT) == OUT | ERR
 
 
-def ready(session: Session) -> int:
-    """The tag of the READY that comes next."""
-    message = session.event().receive()
-    assert (message.op, message.flags, message.error, message.body) == (OPERATIONS["READY"], 0, 0, b"")
-    return message.tag
-
-
 def test_ready_comes_once_for_each_poll_and_arrival(fifo: Fifo, writing: int) -> None:
     session = fifo.session
     handle = fifo.open(os.O_RDONLY)
@@ -657,77 +627,87 @@ def test_ordinary_files_are_always_ready(session: Session, share: Path) -> None:
     assert is_quiet(session)
 
 
-# ---- the ends of sessions and clients
+# ---- what is not confirmed, and what makes no sense
 
 
-def test_thousands_wait_when_the_session_ends(engine: EngineProcess, share: Path) -> None:
-    """No thread and no descriptor stays."""
-    os.mkfifo(share / "silent")
-    os.mkfifo(share / "full")
-    fds = [os.open(share / name, os.O_RDWR | os.O_NONBLOCK) for name in ("silent", "full")]
-    os.write(fds[1], bytes(PIPE_BYTES))
-    before = engine.descriptors()
-    threads = thread_count(engine.pid)
-    with Session(engine.address, share) as session:
-        nodes = [session.lookup(ROOT, name).node for name in (b"silent", b"full")]
-        alone = session.mknod(ROOT, b"alone", stat.S_IFIFO | 0o600).node
-        handles = [session.open(node, os.O_RDWR).handle for node in nodes]
-        for tag in range(2000):
-            later(session, "READ", read_body(handles[0]), 4 * tag)
-            later(session, "WRITE", write_body(handles[1], bytes(100)), 4 * tag + 1)
-        for tag in range(500):
-            later(session, "OPEN", open_body(os.O_RDONLY), 4 * tag + 2, alone)
-        assert is_quiet(session)
-        assert session.statfs(), "slots go on"
-        assert thread_count(engine.pid) > threads
-    wait_until(lambda: engine.descriptors() == before, "the descriptors to be closed")
-    with pytest.raises(OSError) as refused:
-        os.open(share / "alone", os.O_WRONLY | os.O_NONBLOCK)
-    assert refused.value.errno == errno.ENXIO, "no reader is left"
-    for fd in fds:
-        os.close(fd)
-    wait_until(lambda: thread_count(engine.pid) <= threads, "threads that nobody needs to end", 15)
+MOST_UNCONFIRMED = 64 << 20
 
 
-def test_a_client_that_does_not_read(engine: EngineProcess, share: Path) -> None:
-    """It harms nobody else; when it reads again it finds all, in order."""
-    os.mkfifo(share / "fifo")
-    os.mkfifo(share / "other")
-    source = os.open(share / "fifo", os.O_RDWR)
-    fcntl.fcntl(source, fcntl.F_SETPIPE_SZ, 1 << 20)
-    with Session(engine.address, share) as silent, Session(engine.address, share) as other:
-        handle = silent.open(silent.lookup(ROOT, b"fifo").node, os.O_RDWR).handle
-        for tag in range(20):
-            os.write(source, bytes([tag]) * (1 << 19))
-            later(silent, "READ", read_body(handle, 1 << 20), tag)
-            wait_until(lambda: not select.select([source], [], [], 0)[0], "the engine to read it")
-        both = other.open(other.lookup(ROOT, b"other").node, os.O_RDWR).handle
-        for tag in range(50):
-            later(other, "READ", read_body(both), tag)
-            other.write(both, 0, b"ping")
-            assert answer(other, "READ", tag).body == b"ping"
-        for tag in range(20):
-            assert answer(silent, "READ", tag).body == bytes([tag]) * (1 << 19)
-    os.close(source)
+def unconfirmed(engine: EngineProcess) -> int:
+    """Bytes that the engine keeps for its one session, which has not confirmed them."""
+    (held,) = engine.figures()["sessions"]
+    return int(held["outbox_bytes"])
 
 
-def test_a_client_that_confirms_nothing_is_cut_off(engine: EngineProcess, share: Path) -> None:
-    os.mkfifo(share / "fifo")
-    source = os.open(share / "fifo", os.O_RDWR)
-    fcntl.fcntl(source, fcntl.F_SETPIPE_SZ, 1 << 20)
-    with Session(engine.address, share) as session:
-        handle = session.open(session.lookup(ROOT, b"fifo").node, os.O_RDWR).handle
-        session.event().confirms = False
-        with pytest.raises(OSError):
-            for tag in range(200):
-                os.write(source, bytes(1 << 20))
-                later(session, "READ", read_body(handle, 1 << 20), tag)
-                answer(session, "READ", tag)
-        assert 60 <= tag <= 70
-        session.statfs()
-    os.close(source)
-    wait_until(engine.is_idle, "the engine to let it go")
-    assert engine.resident_bytes() < 400 << 20
+def ask_for_megabytes(session: Session, handle: int, tags: range) -> None:
+    """READs in one piece on a new event channel that confirms nothing: the engine has them all before it can cut it."""
+    session.lose_event()
+    request = wire.caller(ROOT) + read_body(handle, 1 << 20)
+    op = OPERATIONS["READ"]
+    with attach_stream(session.address, session.ticket, wire.EVENT_SLOT) as sock:
+        sock.sendall(b"".join(wire.message(op, request, slot=wire.EVENT_SLOT, tag=tag) for tag in tags))
+        sock.shutdown(socket.SHUT_WR)
+        assert is_closed_by_peer(sock)
+
+
+@pytest.fixture
+def megabyte(session: Session) -> int:
+    """A handle of a regular file of a megabyte."""
+    handle = session.create(ROOT, b"megabyte")[1].handle
+    session.write(handle, 0, bytes(1 << 20))
+    return handle
+
+
+def take_all(session: Session, request: bytes, missing: set[int]) -> Iterator[bytes]:
+    """The answers to READs, which are asked again over each fresh event channel; each comes once."""
+    while missing:
+        session.lose_event()
+        with contextlib.suppress(ConnectionError):
+            for tag in sorted(missing):
+                later(session, "READ", request, tag)
+            while missing:
+                seen = session.event().seen
+                reply = session.event().receive()
+                if reply.sequence > seen:
+                    assert (reply.op, reply.error) == (OPERATIONS["READ"], 0)
+                    missing.remove(reply.tag)
+                    yield reply.body
+                    session.event().send("PING", tag=PING_TAG)
+
+
+def test_what_came_before_the_cut_is_not_served(engine: EngineProcess, session: Session, megabyte: int) -> None:
+    for begin in (0, 100, 200):
+        ask_for_megabytes(session, megabyte, range(begin, begin + 100))
+        assert unconfirmed(engine) <= MOST_UNCONFIRMED + (2 << 20)
+    assert {len(body) for body in take_all(session, read_body(megabyte, 1 << 20), set(range(300)))} == {1 << 20}
+
+
+def test_reads_that_wait_do_not_fill_the_outbox(engine: EngineProcess, fifo: Fifo, writing: int) -> None:
+    """They leave in the FIFO what there is no room for, and get it when the client has come back and confirmed."""
+    session, handle, tags = fifo.session, fifo.open(os.O_RDONLY), set(range(1200))
+    for tag in tags:
+        later(session, "READ", read_body(handle), tag)
+    assert is_quiet(session)
+    session.lose_event()
+    written = bytearray()
+    while select.select([], [writing], [], 0.2)[1]:
+        piece = struct.pack("<I", len(written)) * (PIPE_BYTES // 4)
+        written += piece[: os.write(writing, piece)]
+    assert MOST_UNCONFIRMED < unconfirmed(engine) <= MOST_UNCONFIRMED + (1 << 20)
+    got = bytearray()
+    answers = take_all(session, read_body(handle), tags)
+    while len(got) < len(written):
+        got += next(answers)
+    assert got == written
+
+
+def test_nobody_is_told_of_readiness_when_the_outbox_is_full(session: Session, fifo: Fifo, megabyte: int) -> None:
+    handle = fifo.open(os.O_RDWR)
+    ask_for_megabytes(session, megabyte, range(100))
+    body = struct.pack("<QQII", handle, 1, IN, 1)
+    assert session.ask("POLL", body).error == errno.ENOMEM
+    assert sum(map(len, take_all(session, read_body(megabyte, 1 << 20), set(range(100))))) == 100 << 20
+    assert session.ask("POLL", body).error == 0
 
 
 BAD = {
@@ -774,174 +754,3 @@ def test_handles_that_are_none(session: Session) -> None:
     assert answer(session, "READ", 1).error == errno.ESTALE
     later(session, "OPEN", open_body(0), 2, 4711)
     assert answer(session, "OPEN", 2).error == errno.ESTALE
-
-
-# ---- devices
-
-
-@pytest.fixture(scope="module")
-def devices(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
-    """An engine that names all of /dev, and in its share the device `named`."""
-    area = tmp_path_factory.mktemp("devices")
-    rules = {kind: [area / "share", "/dev", "/proc"] for kind in everything_below("/")}
-    rules[Type.OPEN] = [area / "share", area / "share/named", "/dev", "/proc"]
-    with EngineProcess(area, rules=rules).running() as engine:
-        yield engine
-
-
-@pytest.fixture
-def dev(devices: EngineProcess) -> Iterator[Session]:
-    with Session(devices.address, "/dev") as session:
-        yield session
-    wait_until(devices.is_idle, "the engine to let everything go")
-
-
-@pytest.mark.root
-def test_only_named_devices_are_opened(devices: EngineProcess) -> None:
-    numbers = os.makedev(1, 5)
-    (devices.share / "below").mkdir(exist_ok=True)
-    for name in ("named", "unnamed", "below/named"):
-        os.mknod(devices.share / name, stat.S_IFCHR | 0o666, numbers)
-    os.link(devices.share / "unnamed", devices.share / "other-name")
-    with Session(devices.address, devices.share) as session:
-        named = session.lookup(ROOT, b"named")
-        assert (stat.S_IFMT(named.attr.mode), named.attr.rdev) == (stat.S_IFCHR, 1 << 8 | 5)
-        handle = session.open(named.node, os.O_RDONLY).handle
-        assert session.read(handle, 12345, 100) == bytes(100)
-        for path in ("unnamed", "below/named", "other-name"):
-            node = session.walk(path).node
-            for flags in (os.O_RDONLY, os.O_WRONLY | os.O_NONBLOCK, os.O_RDWR):
-                reply = session.ask("OPEN", open_body(flags), node=node)
-                assert reply.error == errno.EACCES, path
-        assert session.ask("OPEN", open_body(os.O_RDONLY), node=named.node, who=Who(1000, 1000)).error == 0
-        os.chmod(devices.share / "named", 0o600)
-        assert session.ask("OPEN", open_body(os.O_RDONLY), node=named.node, who=Who(1000, 1000)).error == errno.EACCES
-    for name in ("named", "unnamed", "below/named", "other-name"):
-        (devices.share / name).unlink()
-
-
-@pytest.mark.root
-def test_an_unnamed_device_is_refused_before_it_is_opened(devices: EngineProcess) -> None:
-    """Opening the slave of a locked pty fails with EIO, a device that is none with ENXIO: neither must show."""
-    os.mknod(devices.share / "none", stat.S_IFCHR | 0o666, os.makedev(250, 77))
-    with Session(devices.address, devices.share) as session:
-        node = session.lookup(ROOT, b"none").node
-        assert session.ask("OPEN", open_body(os.O_RDONLY), node=node).error == errno.EACCES
-    (devices.share / "none").unlink()
-    os.mknod(devices.share / "named", stat.S_IFCHR | 0o666, os.makedev(250, 77))
-    with Session(devices.address, devices.share) as session:
-        node = session.lookup(ROOT, b"named").node
-        assert session.ask("OPEN", open_body(os.O_RDONLY), node=node).error == errno.ENXIO
-    (devices.share / "named").unlink()
-
-
-def test_sockets_cannot_be_opened(session: Session, share: Path) -> None:
-    os.mknod(share / "socket", stat.S_IFSOCK | 0o666)
-    assert session.ask("OPEN", open_body(os.O_RDWR), node=session.lookup(ROOT, b"socket").node).error == errno.ENXIO
-
-
-def test_memory_devices(dev: Session) -> None:
-    handles = {name: dev.open(dev.lookup(ROOT, name).node, os.O_RDWR).handle for name in (b"null", b"zero", b"full")}
-    assert dev.read(handles[b"null"], 0, 10) == b""
-    assert dev.write(handles[b"null"], 0, bytes(100000)) == 100000
-    assert dev.read(handles[b"zero"], 0, 100000) == bytes(100000)
-    assert dev.ask("WRITE", write_body(handles[b"full"], b"x")).error == errno.ENOSPC
-    random_handle = dev.open(dev.lookup(ROOT, b"urandom").node).handle
-    one, two = (dev.read(random_handle, 0, 64) for _ in range(2))
-    assert len(one) == len(two) == 64 and one != two
-    assert dev.poll(handles[b"zero"], IN | OUT, notify=1) == IN | OUT
-    later(dev, "READ", read_body(handles[b"zero"], 10), 1)
-    assert answer(dev, "READ", 1).body == bytes(10)
-    later(dev, "WRITE", write_body(handles[b"null"], b"12345"), 2)
-    assert count(answer(dev, "WRITE", 2)) == 5
-    assert dev.ask("IOCTL", struct.pack("<QIIII", handles[b"null"], termios.TIOCGWINSZ, 0, 8, 0)).error == errno.ENOTTY
-
-
-TCGETS2, TCSETS2, TIOCGPTN, TIOCSPTLCK = 0x802C542A, 0x402C542B, 0x80045430, 0x40045431
-
-
-def test_a_pty(dev: Session) -> None:
-    master = dev.open(dev.lookup(ROOT, b"ptmx").node, os.O_RDWR).handle
-    number = struct.unpack("<I", dev.ioctl(master, TIOCGPTN, out_size=4))[0]
-    dev.ioctl(master, TIOCSPTLCK, struct.pack("<I", 0))
-    slave = dev.open(dev.walk(f"pts/{number}").node, os.O_RDWR).handle
-    settings = bytearray(dev.ioctl(slave, TCGETS2, out_size=44))
-    flags = struct.unpack_from("<I", settings, 12)[0]
-    struct.pack_into("<I", settings, 12, flags & ~(termios.ICANON | termios.ECHO))
-    dev.ioctl(slave, TCSETS2, bytes(settings))
-    assert dev.ioctl(slave, TCGETS2, out_size=44) == bytes(settings)
-    later(dev, "READ", read_body(slave), 1)
-    assert is_quiet(dev)
-    dev.write(master, 0, b"keys")
-    assert answer(dev, "READ", 1).body == b"keys"
-    assert dev.poll(master, IN, notify=2) == 0
-    dev.write(slave, 0, b"out\n")
-    assert ready(dev) == 2
-    assert dev.read(master, 0, 100) == b"out\r\n"
-    dev.release(slave)
-    assert dev.poll(master, IN) & HUP
-    # Hostile: what would reach beyond the device, or into the engine's memory.
-    for command in (
-        termios.TIOCSTI,
-        termios.TIOCSCTTY,
-        termios.TIOCCONS,
-        termios.TIOCSWINSZ,
-        0x5441,
-        0x5413,
-        0xFFFFFFFF,
-    ):
-        body = struct.pack("<QIIII", master, command, 8, 8, 0) + bytes(8)
-        assert dev.ask("IOCTL", body).error == errno.ENOTTY, hex(command)
-    assert dev.ask("IOCTL", struct.pack("<QIIII", master, TIOCGPTN, 0, 3, 0)).error == errno.EINVAL
-    assert dev.ask("IOCTL", struct.pack("<QIIII", master, TCSETS2, 43, 0, 0) + bytes(43)).error == errno.EINVAL
-
-
-@pytest.mark.root
-def test_a_block_device(devices: EngineProcess, tmp_path: Path) -> None:
-    backing = tmp_path / "disk"
-    backing.write_bytes(bytes(1 << 20))
-    made = subprocess.run(["losetup", "-f", "--show", backing], capture_output=True, text=True, check=False)
-    if made.returncode:
-        pytest.skip(f"no loop device: {made.stderr.strip()}")
-    loop = made.stdout.strip()
-    try:
-        with Session(devices.address, "/dev") as session:
-            node = session.lookup(ROOT, os.fsencode(os.path.basename(loop))).node
-            assert stat.S_ISBLK(session.getattr(node).mode)
-            assert session.getattr(node | STREAM_READER).size == 1 << 20
-            opened = session.open(node, os.O_RDWR)
-            assert opened.flags == UNCACHED
-            assert session.write(opened.handle, 5000, b"here") == 4
-            assert session.read(opened.handle, 4998, 8) == b"\0\0here\0\0"
-            assert session.read(opened.handle, (1 << 20) - 2, 100) == b"\0\0"
-            session.fsync(opened.handle)
-            assert struct.unpack("<Q", session.ioctl(opened.handle, 0x80081272, out_size=8))[0] == 1 << 20
-            assert session.ask("WRITE", write_body_at(opened.handle, 1 << 20, b"x")).error == errno.ENOSPC
-            session.release(opened.handle)
-        assert backing.read_bytes()[4998:5006] == b"\0\0here\0\0"
-    finally:
-        subprocess.run(["losetup", "-d", loop], check=True)
-
-
-def write_body_at(handle: int, offset: int, data: bytes) -> bytes:
-    return struct.pack("<QQII", handle, offset, len(data), 0) + data
-
-
-# ---- pseudo files
-
-
-def test_poll_of_the_mount_table(devices: EngineProcess, tmp_path: Path) -> None:
-    """The engine's own; a bind mount in its namespace changes it."""
-    with Session(devices.address, "/proc") as session:
-        handle = session.open(session.walk(f"{devices.pid}/mounts").node).handle
-        assert handle & POLLABLE
-        text = session.read(handle, 0, 1 << 20)
-        assert session.poll(handle, IN | select.POLLPRI, notify=1) == IN
-        assert is_quiet(session)
-        subprocess.run(["mount", "--bind", tmp_path, tmp_path], check=True)
-        try:
-            assert ready(session) == 1
-            assert session.poll(handle, IN | select.POLLPRI) == IN | select.POLLPRI | ERR
-        finally:
-            subprocess.run(["umount", tmp_path], check=True)
-        assert text

@@ -11,6 +11,7 @@ import errno
 import fcntl
 import mmap
 import os
+import resource
 import signal
 import struct
 import sys
@@ -46,6 +47,14 @@ def mkdir(path: str, catches: str = "") -> None:
     say(outcome(_libc.mkdir(os.fsencode(path), 0o755)))
 
 
+def execute(path: str) -> None:
+    """One execve(2) that has a written file to close on its way."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    os.write(fd, b"text")
+    ready()
+    os.execv("/bin/echo", ["echo", "done"])
+
+
 def write(path: str) -> None:
     """One write(2) of "once"."""
     fd = os.open(path, os.O_WRONLY | os.O_APPEND)
@@ -70,6 +79,14 @@ def hold(kind: str, path: str) -> None:
         fcntl.flock(fd, fcntl.LOCK_EX)
     else:
         fcntl.lockf(fd, fcntl.LOCK_EX)
+    ready()
+
+
+def open_many(directory: str, count: str, writes: str = "") -> None:
+    """Have some files open; with "writes", to write, so that the server has to be told when each is closed."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (int(count) + 64, int(count) + 64))
+    for number in range(int(count)):
+        os.open(f"{directory}/{number}", os.O_RDWR if writes else os.O_RDONLY)
     ready()
 
 
@@ -153,7 +170,26 @@ def change_mapping(path: str) -> None:
     ready()
 
 
-JOBS = {job.__name__: job for job in (mkdir, write, stat, hold, locks, write_many, churn, change_mapping)}
+def append_lines(path: str) -> None:
+    """Numbered lines, one write(2) each, until told to stop; says how many."""
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    ready()
+    stopped = threading.Event()
+    threading.Thread(target=lambda: (sys.stdin.readline(), stopped.set()), daemon=True).start()
+    number = 0
+    while not stopped.is_set():
+        if _libc.write(fd, b"%08d\n" % number, 9) != 9:
+            say(errno.errorcode[ctypes.get_errno()])
+            break
+        number += 1
+        time.sleep(0.001)
+    say(number)
+
+
+JOBS = {
+    job.__name__: job
+    for job in (mkdir, execute, write, stat, hold, open_many, locks, write_many, churn, change_mapping, append_lines)
+}
 
 if __name__ == "__main__":
     JOBS[sys.argv[1]](*sys.argv[2:])

@@ -1,4 +1,7 @@
-"""Programs that use a mount: a job of callers.py in a process of its own, told when to begin, and heard."""
+"""Programs that use a mount: a job of callers.py in a process of its own, told when to begin, and heard.
+
+Or one call of single_calls.py.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +17,15 @@ from pathlib import Path
 from harness.leaks import environment
 
 CALLERS = Path(__file__).with_name("callers.py")
+SINGLE_CALLS = Path(__file__).with_name("single_calls.py")
 
 
 class Caller:
-    """A job of callers.py: it is ready, and `go` makes it begin."""
+    """A job of callers.py, or of another script: it is ready, and `go` makes it begin."""
 
-    def __init__(self, job: str, *arguments: object, within: Sequence[str] = ()) -> None:
+    def __init__(self, job: str, *arguments: object, within: Sequence[str] = (), script: Path = CALLERS) -> None:
         """`within`: what to put before the command, to have it run on a machine of harness.machines."""
-        command = [*within, sys.executable, "-I", "-S", str(CALLERS), job, *map(str, arguments)]
+        command = [*within, sys.executable, "-I", "-S", str(script), job, *map(str, arguments)]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment()
         )
@@ -80,9 +84,9 @@ class Caller:
 
 
 @contextlib.contextmanager
-def calling(job: str, *arguments: object) -> Iterator[Caller]:
+def calling(job: str, *arguments: object, script: Path = CALLERS) -> Iterator[Caller]:
     """A caller that is ready; killed at the end."""
-    caller = Caller(job, *arguments)
+    caller = Caller(job, *arguments, script=script)
     try:
         assert caller.says() == "ready"
         yield caller

@@ -128,21 +128,22 @@ def changing_modes() -> Any:
 
 def permissions_of_every_mode() -> Any:
     """Owner, group and others, each with every mode, by every way to use a file."""
-    found = {}
-    for mode in range(0, 0o1000, 0o11):
-        touch("f", mode, ALICE, GROUP)
-        for who, (uid, gid, groups) in {
-            "owner": (ALICE, OTHER_GROUP, ()),
-            "group": (BOB, OTHER_GROUP, (GROUP,)),
-            "others": (BOB, OTHER_GROUP, (EXTRA,)),
-        }.items():
+    files = [f"f{mode:03o}" for mode in range(0, 0o1000, 0o11)]
+    for name in files:
+        touch(name, int(name[1:], 8), ALICE, GROUP)
 
-            def run() -> Any:
-                access = [os.access("f", bits) for bits in (os.R_OK, os.W_OK, os.X_OK)]
-                return access, opened("f", os.O_RDONLY), opened("f", os.O_WRONLY), outcome(os.truncate, "f", 1)
+    def use(name: str) -> Any:
+        access = [os.access(name, bits) for bits in (os.R_OK, os.W_OK, os.X_OK)]
+        return access, opened(name, os.O_RDONLY), opened(name, os.O_WRONLY), outcome(os.truncate, name, 1)
 
-            found[mode, who] = as_user(run, uid, gid, groups)
-    return found
+    return [
+        as_user(lambda: [use(name) for name in files], uid, gid, groups)
+        for uid, gid, groups in (
+            (ALICE, OTHER_GROUP, ()),
+            (BOB, OTHER_GROUP, (GROUP,)),
+            (BOB, OTHER_GROUP, (EXTRA,)),
+        )
+    ]
 
 
 def permissions_of_directories() -> Any:

@@ -548,19 +548,21 @@ def stopped_and_continued(a: str, b: str) -> Any:
 
 
 def cat_and_shells(a: str, b: str) -> Any:
-    os.mkfifo(f"{a}/f")
+    """A FIFO for each: the server hears of a close(2) a round trip later, and would still count the last reader."""
     found = []
     commands = [
-        ("cat {0}/f", "echo hello > {1}/f"),
-        ("read -r line < {0}/f; echo got $line", "printf 'one\\ntwo\\n' > {1}/f"),
-        ("wc -c < {0}/f", "head -c 300000 /dev/zero | dd of={1}/f bs=7000 status=none"),
-        ("dd if={0}/f bs=100 count=3 iflag=fullblock status=none | wc -c", "printf %1000s x >> {1}/f || true"),
-        ("while read -r n; do echo $((n * 2)); done < {0}/f", "seq 5 > {1}/f"),
-        ("timeout 10 tail -n 1 {0}/f", "seq 100 | tee {1}/f | tail -n 1"),
+        ("cat {reader}", "echo hello > {writer}"),
+        ("read -r line < {reader}; echo got $line", "printf 'one\\ntwo\\n' > {writer}"),
+        ("wc -c < {reader}", "head -c 300000 /dev/zero | dd of={writer} bs=7000 status=none"),
+        ("dd if={reader} bs=100 count=3 iflag=fullblock status=none | wc -c", "printf %1000s x >> {writer} || true"),
+        ("while read -r n; do echo $((n * 2)); done < {reader}", "seq 5 > {writer}"),
+        ("timeout 10 tail -n 1 {reader}", "seq 100 | tee {writer} | tail -n 1"),
     ]
-    for reading, writing in commands:
-        with_pipes = subprocess.Popen(["bash", "-c", reading.format(a, b)], stdout=subprocess.PIPE)
-        subprocess.run(["bash", "-c", writing.format(a, b)], check=False, timeout=20, stderr=subprocess.DEVNULL)
+    for number, (reading, writing) in enumerate(commands):
+        os.mkfifo(f"{a}/f{number}")
+        reads, writes = reading.format(reader=f"{a}/f{number}"), writing.format(writer=f"{b}/f{number}")
+        with_pipes = subprocess.Popen(["bash", "-c", reads], stdout=subprocess.PIPE)
+        subprocess.run(["bash", "-c", writes], check=False, timeout=20, stderr=subprocess.DEVNULL)
         found.append((with_pipes.communicate(timeout=20)[0], with_pipes.returncode))
     return found
 

@@ -7,23 +7,25 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import os
 import signal
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from calling import calling
-from harness.engine_process import EngineProcess, everything_below
-from harness.fault_proxy import Cut, Fault, FaultProxy, Message, once, stop, stopped
+from calling import Caller, calling
+from harness.ends import Ends
+from harness.engine_process import TRANSPORTS, EngineProcess, everything_below
+from harness.fault_proxy import Cut, Fault, Message, once, stop, stopped
 from harness.leaks import environment
 from harness.mounts import MountProcess
 from harness.waiting import wait_until
 from kit import in_child, outcome
+from lines import Line, connected
 
 pytestmark = pytest.mark.root
 
@@ -37,46 +39,13 @@ def timed(call: Callable[[], object]) -> float:
     return time.monotonic() - begun
 
 
-# ---- places
-
-
-@dataclass
-class Line:
-    """A mount (`there`) of an engine's directory (`here`) by way of a proxy."""
-
-    engine: EngineProcess
-    proxy: FaultProxy
-    mount: MountProcess
-
-    @property
-    def here(self) -> Path:
-        return self.engine.share
-
-    @property
-    def there(self) -> Path:
-        return self.mount.point
-
-
-@contextlib.contextmanager
-def connected(area: Path, options: str = "", grace_s: int = 60) -> Iterator[Line]:
-    engine = EngineProcess(area / "engine", workers=8, arguments=("--grace", str(grace_s)))
-    with engine.running(), FaultProxy(area / "proxy.sock", engine).running() as proxy:
-        mount = MountProcess(
-            engine, engine.share, area / "mnt", f"driver=fuse3,cache=auto,{options}", through=proxy.address
-        )
-        with mount.running():
-            yield Line(engine, proxy, mount)
-        if engine.process is not None:
-            wait_until(engine.is_idle, "the engine to let everything go")
+# ---- broken connections
 
 
 @pytest.fixture
 def line(tmp_path: Path) -> Iterator[Line]:
     with connected(tmp_path) as made:
         yield made
-
-
-# ---- broken connections
 
 
 def test_a_lost_reply_to_forget_answers_nothing_else(tmp_path: Path) -> None:
@@ -97,6 +66,30 @@ def test_a_lost_reply_to_forget_answers_nothing_else(tmp_path: Path) -> None:
             os.unlink(line.there / name)
             assert name not in os.listdir(line.here)
         assert os.listdir(line.here) == []
+
+
+#: More than a request is sent again for a caller whom it may as well be told of (exchange.pyx, MAX_ATTEMPTS).
+MANY_CUTS = 12
+
+
+@pytest.mark.parametrize(("where", "operation"), [("reply", "LOOKUP"), ("request", "FORGET")])
+def test_what_is_granted_is_counted_on_both_sides_after_many_cuts(tmp_path: Path, where: str, operation: str) -> None:
+    with connected(tmp_path, f"cache=none,threads=1,run_dir={tmp_path}/run") as line:
+        (line.here / "f").touch()
+        ends = Ends(line.mount, tmp_path / "run")
+        lost: list[Message] = []
+
+        def fault(message: Message) -> Cut | None:
+            if (message.where, message.operation) != (where, operation) or len(lost) == MANY_CUTS:
+                return None
+            lost.append(message)
+            return Cut(0)
+
+        line.proxy.fault = fault
+        os.stat(line.there / "f")
+        os.unlink(line.there / "f")
+        wait_until(lambda: len(lost) == MANY_CUTS, "all of them to be lost", 20)
+        ends.check_nothing_is_open()
 
 
 def _append(line: Line) -> Callable[[], None]:
@@ -231,6 +224,50 @@ def _whole(written: int) -> None:
     assert written == 5
 
 
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_cut_leaves_the_kernels_caches_alone(tmp_path: Path, transport: str) -> None:
+    with connected(tmp_path, f"cache=always,run_dir={tmp_path}/run", transport=transport) as line:
+        (line.here / "f").write_text("text")
+        assert (line.there / "f").read_text() == "text"
+        ends = Ends(line.mount, tmp_path / "run")
+        before = line.proxy.count("reply", "LOOKUP"), line.proxy.count("reply", "READ")
+        invalidations = ends.client["invalidations"]
+        wait_until(lambda: ends.session["event_channel"], "the event channel")
+        line.proxy.cut_all()
+        wait_until(lambda: ends.client["reconnects"] > 0, "the event channel to be replaced")
+        assert (line.there / "f").read_text() == "text"
+        assert (line.proxy.count("reply", "LOOKUP"), line.proxy.count("reply", "READ")) == before
+        assert ends.client["invalidations"] == invalidations
+        ends.check_nothing_is_open()
+
+
+def test_channels_that_come_back_one_by_one_are_no_outage(tmp_path: Path) -> None:
+    """Every other attempt fails: if each were waited for longer than the one before, that would be an outage."""
+    channels = 9
+    held: set[int | None] = set()
+    attempts = itertools.count()
+
+    def fault(message: Message) -> Cut | None:
+        if (message.where, message.operation) == ("request", "GETATTR") and message.slot not in held:
+            held.add(message.slot)
+            wait_until(lambda: len(held) == channels, "all callers")
+            return Cut(0)
+        if (message.where, message.operation) == ("reply", "ATTACH") and len(held) == channels:
+            return Cut(0) if next(attempts) % 2 == 0 else None
+        return None
+
+    with connected(tmp_path, f"timeout=2,threads={channels}") as line, contextlib.ExitStack() as ended:
+        names = [str(number) for number in range(channels)]
+        for name in names:
+            (line.there / name).touch()
+        callers = [ended.enter_context(calling("stat", line.there / name)) for name in names]
+        time.sleep(1.1)  # until the kernel trusts no attributes
+        line.proxy.fault = fault
+        for caller in callers:
+            caller.go()
+        assert [caller.says() for caller in callers] == ["done"] * channels
+
+
 def _is_free(kind: str, path: Path) -> bool:
     with path.open("r+b") as file:
         try:
@@ -347,7 +384,8 @@ def test_a_program_that_was_stopped_does_not_notice(line: Line) -> None:
 
 
 def _asked(line: Line) -> int:
-    return sum(where == "request" and operation != "PING" for where, operation in line.proxy.passed)
+    passed = dict(line.proxy.passed)
+    return sum(n for (where, operation), n in passed.items() if where == "request" and operation != "PING")
 
 
 def test_who_catches_a_signal_gets_eintr_and_who_is_killed_dies(line: Line) -> None:
@@ -364,6 +402,38 @@ def test_who_catches_a_signal_gets_eintr_and_who_is_killed_dies(line: Line) -> N
             assert victim.kill() < 1
             assert catcher.says() == "EINTR"
             assert CAUGHT_SIGNAL_S - 0.1 < time.monotonic() - begun < CAUGHT_SIGNAL_S + 2.5
+
+
+@contextlib.contextmanager
+def executing(line: Line, caller: Caller) -> Iterator[None]:
+    """It is in execve(2) and waits for a FLUSH; it holds a lock that several files of its /proc want."""
+    before = _asked(line)
+    with stopped(line.engine.pid):
+        caller.go()
+        wait_until(lambda: _asked(line) > before, "the FLUSH")
+        yield
+
+
+def _can_be_read(path: str) -> bool:
+    return subprocess.run(["timeout", "-s", "KILL", "1", "cat", path], capture_output=True, check=False).returncode == 0
+
+
+def test_what_is_looked_at_of_a_caller_does_not_wait_for_it(line: Line) -> None:
+    """Of what the driver reads, that is true of status; syscall is for LOOKUP, under which nobody holds that lock."""
+    with calling("execute", line.there / "f") as caller:
+        of_caller = f"/proc/{caller.process.pid}"
+        with executing(line, caller):
+            assert _can_be_read(f"{of_caller}/status") and _can_be_read(f"{of_caller}/comm")
+            assert not _can_be_read(f"{of_caller}/syscall"), "there is such a lock"
+        assert caller.says() == "done"
+
+
+def test_who_is_killed_in_execve_dies_although_nobody_answers(line: Line) -> None:
+    """The worker whose answer it waits for looks whether it was killed, and must not wait in turn."""
+    with calling("execute", line.there / "f") as victim, executing(line, victim):
+        assert victim.kill() < CAUGHT_SIGNAL_S + 2.5
+    (line.there / "g").touch()
+    assert (line.here / "g").exists()
 
 
 # ---- an engine that does not answer, or is gone

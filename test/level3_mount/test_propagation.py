@@ -11,6 +11,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -351,6 +352,75 @@ def test_mounts_come_back_with_the_server(server: ServerMachine, mount: MountIt)
         server.start()
         os.close(namespace)
         wait_until(lambda: names(here.point / "a") == {"f"} and os.path.ismount(here.point / "a"), "the mount", 20)
+
+
+# ---- a system that grants no threads
+
+_NO_THREADS = """
+import os, threading
+start = threading.Thread.start
+def scarce(thread):
+    if os.path.exists({flag!r}) and thread._target.__name__ in {functions!r}:
+        print("refused a thread", flush=True)
+        raise RuntimeError("can't start new thread")
+    start(thread)
+threading.Thread.start = scarce
+"""
+
+
+class Scarcity:
+    """A mount that propagates, and that gets no threads for some functions while `flag` is there."""
+
+    def __init__(self, server: ServerMachine, tmp_path: Path, *functions: str) -> None:
+        self.flag = tmp_path / "no threads"
+        script = _NO_THREADS.format(flag=str(self.flag), functions=functions)
+        self.mount = MountProcess(server, server.share, tmp_path / "mnt", "driver=fuse3,propagate", script=script)
+
+    def until_refused(self, times: int) -> None:
+        wait_until(lambda: self.mount.log().count("refused a thread") >= times, "threads to be refused", SOON_S)
+
+
+@pytest.mark.parametrize("function", ["_serve", "run_events", "run_worker"])
+def test_who_uses_a_mount_waits_for_its_threads(server: ServerMachine, tmp_path: Path, function: str) -> None:
+    server.mount_tmpfs("a", "f")
+    scarce = Scarcity(server, tmp_path, function)
+    with ThreadPoolExecutor(1) as pool, scarce.mount.running() as here:
+        until_mounted(here.point, "a")
+        scarce.flag.touch()
+        listed = pool.submit(names, here.point / "a")
+        try:
+            scarce.until_refused(3)
+            assert not listed.done()
+        finally:
+            scarce.flag.unlink()
+        assert listed.result(SOON_S) == {"f"}
+        server.mount_tmpfs("b", "g")
+        until_mounted(here.point, "a", "b")
+
+
+def test_a_mount_below_one_without_threads_waits(server: ServerMachine, tmp_path: Path) -> None:
+    server.mount_tmpfs("a", "f")
+    scarce = Scarcity(server, tmp_path, "_serve")
+    with scarce.mount.running() as here:
+        until_mounted(here.point, "a")
+        scarce.flag.touch()
+        server.run("mkdir a/inner; mount -t tmpfs none a/inner; touch a/inner/deep")
+        scarce.until_refused(2)
+        scarce.flag.unlink()
+        until_mounted(here.point, "a", "a/inner")
+        assert names(here.point / "a/inner") == {"deep"}
+
+
+def test_mounts_go_without_a_thread(server: ServerMachine, tmp_path: Path) -> None:
+    server.mount_tmpfs("a", "f")
+    scarce = Scarcity(server, tmp_path, "_end_sessions")
+    with scarce.mount.running() as here:
+        until_mounted(here.point, "a")
+        scarce.flag.touch()
+        server.umount("a")
+        server.mount_tmpfs("b", "g")
+        until_mounted(here.point, "b")
+        scarce.until_refused(1)
 
 
 # ---- ends

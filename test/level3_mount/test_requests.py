@@ -69,6 +69,13 @@ def test_written_data_is_on_the_server_at_once(place: Place, fd: int) -> None:
         assert os.pread(file.fileno(), 3, 100) == b"now"
 
 
+def test_who_reads_in_sequence_is_read_ahead_of(place: Place, fd: int) -> None:
+    """In requests of half a MiB. libfuse 2 agrees on the kernel's 128 KiB, of which 1 MiB takes eight."""
+    with asked(place) as counts:
+        assert len(os.read(fd, 1 << 20)) == 1 << 20
+    assert counts["READ"] <= (4 if place.kind.driver == "fuse3" else 8)
+
+
 def test_copies_do_not_cross_the_wire(place: Place, fd: int) -> None:
     target = os.open(place.there / "copy", os.O_RDWR | os.O_CREAT, 0o644)
     with asked(place) as counts:

@@ -83,8 +83,11 @@ class Load:
             self._process.join(STOP_S)
             hangs = self._process.is_alive()
             self._process.kill()
+            self._process.join()
+            self._process.close()
         assert not hangs, "a request hangs"
         self._check()
+        self._wrong.close()
 
     def _check(self) -> None:
         wrong = []

@@ -12,12 +12,15 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from harness.engine_process import CHECKOUT, EngineProcess, Rules, everything_below
 from harness.leaks import environment
 from harness.mounts import MountProcess
 from harness.waiting import wait_until
 from kit import in_child, outcome
+
+from qtfs_client.remote_host import mount_figures
 
 pytestmark = pytest.mark.root
 
@@ -321,14 +324,15 @@ def test_parts_of_a_replaced_file(mounted: Mounter, tree: Path, tmp_path: Path) 
         os.close(fd)
 
 
+@pytest.mark.parametrize("mounted", ["auto"], indirect=True)
 def test_a_slow_command_keeps_nobody_else_waiting(mounted: Mounter, tree: Path) -> None:
     """Not even on a mount with a single channel."""
-    rules = rule(tree / "a/plain", "replace", command=["/bin/sleep", "3"])
+    rules = rule(tree / "a/plain", "replace", command=["/bin/sleep", "3.25"])
     point = mounted(tree, rules, "threads=1")
     done = threading.Event()
     slow = threading.Thread(target=lambda: ((point / "a/plain").read_bytes(), done.set()))
     slow.start()
-    wait_until(lambda: _sleeps("3"), "the command to run")
+    wait_until(lambda: _sleeps("3.25"), "the command to run")
     for _ in range(100):
         assert (point / "b/plain").read_text() == "plain"
     assert not done.is_set()
@@ -337,18 +341,27 @@ def test_a_slow_command_keeps_nobody_else_waiting(mounted: Mounter, tree: Path) 
 
 
 def _sleeps(argument: str) -> bool:
-    done = subprocess.run(["pgrep", "-x", "-f", f"/bin/sleep {argument}"], capture_output=True, check=False)
-    return done.returncode == 0
+    return any(process.info["cmdline"] == ["/bin/sleep", argument] for process in psutil.process_iter(["cmdline"]))
 
 
-def test_who_waits_for_a_command_can_be_killed(mounted: Mounter, tree: Path) -> None:
-    point = mounted(tree, rule(tree / "a/plain", "replace", command=["/bin/sleep", "4.5"]))
+@pytest.mark.parametrize("stopped_first", [False, True])
+@pytest.mark.parametrize("mounted", ["auto"], indirect=True)
+def test_who_waits_for_a_command_can_be_killed(
+    mounted: Mounter, tree: Path, tmp_path: Path, stopped_first: bool
+) -> None:
+    """Also who was to stop before: the kernel tells of the first signal only."""
+    run_dir = str(tmp_path / "run")
+    point = mounted(tree, rule(tree / "a/plain", "replace", command=["/bin/sleep", "4.5"]), f"run_dir={run_dir}")
     reader = subprocess.Popen(["cat", point / "a/plain"])
     wait_until(lambda: _sleeps("4.5"), "the command to run")
     begun = time.monotonic()
+    if stopped_first:
+        asked = mount_figures(str(point), run_dir)["requests"]
+        reader.send_signal(signal.SIGSTOP)
+        wait_until(lambda: mount_figures(str(point), run_dir)["requests"] > asked, "the kernel to tell of it")
     reader.send_signal(signal.SIGKILL)
     reader.wait()
-    assert time.monotonic() - begun < 2
+    assert time.monotonic() - begun < 3
     wait_until(lambda: not _sleeps("4.5"), "the command to end")
 
 

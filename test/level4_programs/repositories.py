@@ -29,7 +29,9 @@ VARIABLES: Mapping[str, str] = {
 
 def git(*words: str | Path, cwd: Path | None = None) -> str:
     """What Git says, which must succeed."""
-    return program("git", "-c", "gc.auto=0", *words, cwd=cwd, variables=VARIABLES)
+    # -C, not Popen's cwd: until a child is executed nothing else runs in this process, a proxy of the mount neither.
+    where = ("-C", cwd) if cwd is not None else ()
+    return program("git", *where, "-c", "gc.auto=0", *words, variables=VARIABLES)
 
 
 def _blob(content: bytes) -> bytes:

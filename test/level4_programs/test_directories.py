@@ -26,7 +26,7 @@ _libc.getdents64.restype = ctypes.c_ssize_t
 def frugal(area: Path) -> Iterator[EngineProcess]:
     """An engine with 1024 descriptors."""
     limits = ["--nofile=1024"]
-    with EngineProcess(area / "frugal", rules=everything_below(area), limits=limits, plain=True).running() as engine:
+    with EngineProcess(area / "frugal", rules=everything_below(area), limits=limits).running() as engine:
         yield engine
 
 

@@ -13,7 +13,7 @@ GROUPS = {
     "attributes": "access chattr chmod chown file-ioctl fstat inode-flags mknod utime xattr",
     "locks": "dnotify dup fcntl flock handle inotify lease locka lockf lockofd open",
 }
-SECONDS = 3
+SECONDS = 2
 
 
 @pytest.mark.slow

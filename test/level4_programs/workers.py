@@ -41,6 +41,32 @@ def append(path: str, who: str, count: str) -> None:
     os.close(fd)
 
 
+def append_counted(path: str, count: str) -> None:
+    """Append numbered lines, one write(2) each, and say the number of each when it is written."""
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    ready()
+    for number in range(int(count)):
+        line = f"{number} {'x' * (number * 37 % 300)}\n".encode()
+        assert os.write(fd, line) == len(line)
+        say(number)
+    os.close(fd)
+
+
+def storm(directory: str, count: str) -> None:
+    """Names that come, change and go; each call must succeed, and nothing stays."""
+    ready()
+    for number in range(int(count)):
+        one, other = f"{directory}/one-{number}", f"{directory}/other-{number % 7}"
+        os.mkdir(one)
+        os.rename(one, other)
+        os.close(os.open(one, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+        os.link(one, f"{other}/link")
+        os.rename(one, f"{other}/one")
+        for name in ("link", "one"):
+            os.unlink(f"{other}/{name}")
+        os.rmdir(other)
+
+
 def create(directory: str, count: str) -> None:
     """Try to be the one who creates each of `count` names; says which it was."""
     ready()
@@ -133,6 +159,19 @@ def insert(path: str, who: str, transactions: str) -> None:
         base.executemany("INSERT INTO entries VALUES (?, ?, ?, ?)", rows)
         base.execute("UPDATE totals SET number = number + 3")
         base.execute("ROLLBACK" if number % 10 == 9 else "COMMIT")
+    base.close()
+
+
+def insert_counted(path: str, transactions: str) -> None:
+    """Each transaction adds its number; says it when it is committed."""
+    base = sqlite3.connect(path, timeout=60, isolation_level=None)
+    ready()
+    for number in range(int(transactions)):
+        base.execute("BEGIN IMMEDIATE")
+        base.execute("INSERT INTO entries VALUES ('counted', ?, 0, ?)", (number, "t" * (number % 500)))
+        base.execute("UPDATE totals SET number = number + 1")
+        base.execute("COMMIT")
+        say(number)
     base.close()
 
 

@@ -24,7 +24,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
     """An engine on a Unix socket that allows everything below its share."""
     area = tmp_path_factory.mktemp("served")
     (area / "share").mkdir()
-    with EngineProcess(area, rules=everything_below(area / "share"), plain=True).running() as engine:
+    with EngineProcess(area, rules=everything_below(area / "share")).running() as engine:
         yield engine
 
 

@@ -13,9 +13,10 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from commandline import CHECKOUT, MOUNT, Outcome, daemons, run
+import psutil
+from commandline import CHECKOUT, MOUNT, Outcome, run
 from harness.engine_process import EngineProcess, Rules, everything_below
-from harness.leaks import environment
+from harness.leaks import environment, our_processes
 from harness.waiting import wait_until
 
 QTCTL = CHECKOUT / "qtfs_client/qtctl"
@@ -68,8 +69,8 @@ class _Engine(EngineProcess):
 
     namespace: _Namespace
 
-    def command(self) -> list[str]:
-        return [*self.namespace.enter(), *super().command()]
+    def command(self, script: str = "") -> list[str]:
+        return [*self.namespace.enter(), *super().command(script)]
 
 
 class Machines:
@@ -104,7 +105,7 @@ class Machines:
             if self._network:
                 self.on_server(_NETWORK.format(client=self.client.pid)).check()
             with self.engine.running():
-                self.on_client(_CLIENT + "mkdir -p \"$run\"; chmod 700 \"$run\"").check()
+                self.on_client(_CLIENT + 'mkdir -p "$run"; chmod 700 "$run"').check()
                 self.mount().check()
                 yield self
                 self.unmount()
@@ -117,11 +118,20 @@ class Machines:
         return self.on_client(f'mount -t qtfs "$share" "$point" -o "{options}"')
 
     def unmount(self) -> None:
-        self.on_client('umount "$point"').check()
+        if "propagate" in self.options:
+            # The kernel has let go of a child that it has detached a moment after nobody sees it any more.
+            wait_until(lambda: self.on_client('umount "$point"').status == 0, "the mount to be free", 2)
+        else:
+            self.on_client('umount "$point"').check()
         wait_until(lambda: not self.daemons(), "the daemon of the mount to end")
 
     def daemons(self) -> list[int]:
-        return [process.pid for process in daemons(self.point)]
+        found = []
+        for process in our_processes():
+            with contextlib.suppress(psutil.Error):  # it has just ended
+                if str(self.point) in process.cmdline():
+                    found.append(process.pid)
+        return found
 
     def _run(self, where: _Namespace, script: str) -> Outcome:
         names = {"share": self.share, "point": self.point, "run": self.run_dir, "scratch": self.scratch}

@@ -14,6 +14,7 @@ from harness.waiting import wait_until
 from namespaces import Namespace
 
 NOBODY = 65534
+AS_NOBODY = f"setpriv --reuid={NOBODY} --regid={NOBODY} --clear-groups"
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,7 @@ def tcp(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
     share = area / "share"
     share.mkdir(mode=0o755)
     (share / "file").write_text("content")
-    with EngineProcess(area, "tcp", rules=everything_below(share), plain=True).running() as engine:
+    with EngineProcess(area, "tcp", rules=everything_below(share)).running() as engine:
         yield engine
 
 
@@ -95,6 +96,30 @@ def test_into_another_namespace(namespace: Namespace, point: Path) -> None:
     assert outcome.stdout == "content"
 
 
+def test_a_namespace_of_which_nothing_is_executed(namespace: Namespace) -> None:
+    """mount.qtfs -N: the mount point is one of that namespace, and its programs may be anybody's."""
+    outcome = namespace.run("""
+        export point
+        unshare -m sh -ec 'mount -t tmpfs none "$point"; mkdir "$point/inner"
+                           printf "#!/bin/sh\n: >%s/trapped\n" "$point" >"$point/trap"; chmod 755 "$point/trap"
+                           for program in sync umount fusermount3 mount; do
+                               mount --bind "$point/trap" "$(command -v $program)"
+                           done
+                           : >"$point/ready"; exec sleep 25' & other=$!
+        root=/proc/$other/root$point
+        while [ ! -e "$root/ready" ]; do sleep 0.05; done
+        "$helper" "$source" "$point/inner" -N $other -o "$server,foreground" & daemon=$!
+        while [ ! -e "$root/inner/file" ]; do sleep 0.05; done
+        cat "$root/inner/file"
+        kill $daemon
+        wait $daemon
+        ls "$root" "$root/inner"
+        kill $other
+    """).check()
+    assert outcome.stdout.split("\n", 1)[0].startswith("content")
+    assert "trapped" not in outcome.stdout
+
+
 # --------------------------------------------------------------------------------------------------------------- fstab
 
 
@@ -153,11 +178,14 @@ def own(namespace: Namespace, point: Path) -> Iterator[Path]:
     path = Path(f"/tmp/qtfs-own-{os.urandom(4).hex()}")
     path.mkdir()
     os.chown(path, NOBODY, NOBODY)
-    namespace.variables |= {"own": str(path), "nobody": "setpriv --reuid=65534 --regid=65534 --clear-groups"}
-    yield path
-    run("umount", "-l", path)
-    wait_until(lambda: not daemons(path), "the daemon to end")
-    path.rmdir()
+    namespace.variables |= {"own": str(path), "nobody": f"{AS_NOBODY} env QTFS_RUN_DIR={path}.run"}
+    try:
+        yield path
+        run("umount", "-l", path)
+        wait_until(lambda: not daemons(path), "the daemon to end")
+    finally:
+        shutil.rmtree(f"{path}.run", ignore_errors=True)
+        path.rmdir()
 
 
 def test_a_user_s_own_mount(namespace: Namespace, own: Path, tcp: EngineProcess) -> None:

@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from commandline import run
 from harness.engine_process import everything_below
 from harness.leaks import environment
 from harness.waiting import wait_until
-from machines import Machines
+from machines import QTCTL, Machines
 
 from qtfs_common.whitelist import Type
 
@@ -199,7 +200,7 @@ def test_over_a_network(tmp_path: Path) -> None:
             "$qtctl" --server "{both.engine.address}" --root "$share" --key-file "{both.key}" ps
             ! "$qtctl" --server "{both.engine.address}" --root "$share" ps
         """).check()
-        assert outcome.stdout.startswith("content\nnone on d type tmpfs (rw,relatime)\nnone on to type tmpfs")
+        assert outcome.stdout.startswith("content\nnone on d type tmpfs (rw,nodev,relatime)\nnone on to type tmpfs")
         assert "key_file" in outcome.stderr
         assert not both.mounted_on_server()
 
@@ -279,6 +280,26 @@ def test_refusals(both: Machines, command: str, message: str) -> None:
     assert not both.mounted_on_server()
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(("kill", "--", pid) for pid in ("0", "-1", "2147483648", "4294967296", "\u00b2", "1_0")),
+        *(("kill", "-s", number, "1") for number in ("65", "99999999999", "\u00b2", "9" * 5000)),
+        *((command, f"--start={start}", "1") for command in ("kill", "taskset") for start in ("-1", str(1 << 64))),
+        ("taskset", "4294967296"),
+        *(("taskset", "-c", cpus, "1") for cpus in ("\u00b2", "0-\u00b2", "8192", "1-", "9" * 5000)),
+        ("--server", "foo", "ps"),
+        ("--config", "/nonexistent", "ps"),
+    ],
+    ids=lambda words: " ".join(words)[:40],
+)
+def test_command_lines_that_make_no_sense(tmp_path: Path, words: tuple[str, ...]) -> None:
+    """Found out before anybody is asked: there is no server here."""
+    outcome = run(QTCTL, "--run-dir", tmp_path, *words)
+    assert outcome.status == 2 and "Traceback" not in outcome.stderr, outcome
+    assert outcome.stderr.splitlines()[-1].startswith("qtctl") and "no server" not in outcome.stderr, outcome
+
+
 def test_other_users_cannot_ask_the_daemon(both: Machines) -> None:
     (both.share / "d").mkdir()
     both.on_client('chmod 755 "$run"').check()
@@ -338,6 +359,36 @@ def test_what_becomes_of_mounts_when_the_session_ends(tmp_path: Path, lazy_clean
             wait_until(lambda: not both.mounted_on_server(), "the mounts to go with the session")
         assert len(both.mounted_on_server()) == (0 if lazy_cleanup else 2)
         both.mount().check()
+
+
+@pytest.mark.parametrize("forgotten", [False, True], ids=["that goes on", "that is gone"])
+def test_what_becomes_of_mounts_when_the_engine_dies(tmp_path: Path, forgotten: bool) -> None:
+    """They belong to the session all the same."""
+    both = Machines(tmp_path)
+    with both.running():
+        for name in ("stays", "goes", "undone"):
+            (both.share / name).mkdir()
+        both.on_client("""
+            "$qtctl" mount -t tmpfs none "$point/stays"
+            "$qtctl" mount -t tmpfs none "$point/goes" -o lazy_cleanup
+            "$qtctl" mount -t tmpfs none "$point/undone" -o lazy_cleanup
+            "$qtctl" umount "$point/undone"
+        """).check()
+        (before,) = both.engine.figures()["sessions"]
+        both.engine.kill()
+        if forgotten:
+            both.engine.forget_sessions()
+        both.engine.start()
+        if not forgotten:
+            (after,) = both.engine.figures()["sessions"]
+            assert len(after["mounts"]) == 2 and after["mounts"] == before["mounts"]
+            both.unmount()
+        wait_until(lambda: not both.mounted_on_server("goes"), "the mount to go with the session")
+        assert [row[4] for row in both.mounted_on_server()] == [str(both.share / "stays")]
+        records = both.engine.run_dir / "mounts"
+        wait_until(lambda: not list(records.iterdir()), "the records to go")
+        if not forgotten:
+            both.mount().check()
 
 
 # ---- what blocks

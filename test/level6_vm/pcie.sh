@@ -1,6 +1,6 @@
 #!/bin/sh
 # Runs in the guest, as root, in the checkout: mounts of the machine that the guest runs on, through a PCI BAR.
-# $share is set before. What the test does meanwhile is in test_pcie.py.
+# $share is set before. What the test does meanwhile is in test_guests.py.
 set -eu
 . /run/guest/functions
 

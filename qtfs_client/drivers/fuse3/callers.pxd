@@ -10,3 +10,4 @@ cdef bint signal_wants_out(uint32_t pid) noexcept nogil
 cdef void kill_by_broken_pipe(uint32_t pid) noexcept nogil
 cdef bint caught_signal_pending(uint32_t pid) noexcept nogil
 cdef bint fatal_signal_pending(uint32_t pid) noexcept nogil
+cdef bint is_exiting(uint32_t pid) noexcept nogil

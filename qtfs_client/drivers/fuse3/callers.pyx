@@ -2,6 +2,20 @@
 
 The caller sleeps in the very request that is being translated, so what is read here is what was in force when it asked.
 `pid` is the thread's id, in the pid namespace of the mount; 0 where the caller is outside of that.
+
+Whoever reads must not wait for what the caller holds, since that waits for us:
+
+- A caller in execve(2) holds its exec_update_lock for writing from the moment when it has the new memory until all
+  close-on-exec files are closed (exec_mmap, begin_new_exec, setup_new_exec in fs/exec.c): thus while it waits for our
+  answer to a FLUSH, or for pages of its old memory to be written. /proc/PID/syscall takes that lock, as wchan,
+  environ, links of fd and others do, and stat since 2026 (6.18.40; fs/proc/base.c, array.c). So `_read_syscall` is
+  for LOOKUP alone: under that lock nobody looks a name up, and another thread of the process cannot be so far in
+  execve(2), because it waits for the death of all others first (de_thread). It is read after `hand_over`, as it may
+  take its time: somebody else reads the device.
+- /proc/PID/status and comm take none but spin locks, and no ptrace_may_access. status takes a reference to the
+  caller's memory. If that were the last one, to give it back would write the caller's mapped files, here (exit_mmap,
+  fuse_vma_close); but a caller that waits for us has one of its own, or at its exit none is taken. Where it may have
+  gone meanwhile (an OPEN that another thread answers) it is read after `hand_over`, too.
 """
 from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport strcmp, strlen
@@ -133,7 +147,7 @@ cdef bint process_is_called(uint64_t pid, const char *names) noexcept nogil:
 
 
 cdef bint _read_syscall(uint32_t pid, char *text, size_t size) noexcept nogil:
-    """Read /proc/PID/syscall. False if there is nothing to be read."""
+    """Read /proc/PID/syscall. False if there is nothing to be read. Only of a caller that looks a name up: see above."""
     cdef char path[32]
     cdef ssize_t got
     snprintf(path, sizeof(path), "%u/syscall", pid)
@@ -255,3 +269,14 @@ cdef bint fatal_signal_pending(uint32_t pid) noexcept nogil:
     if pid == 0 or not _read_status(pid, text):
         return False
     return _deliverable(text) & ~(_mask(text, "\nSigIgn:") | _mask(text, "\nSigCgt:") | HARMLESS) != 0
+
+
+cdef bint is_exiting(uint32_t pid) noexcept nogil:
+    """Whether a process has given its memory back already and is closing its files: proc_pid_status(5) shows no VmSize.
+
+    No signal reaches it then, and it does not look at what close(2) returns.
+    """
+    cdef char text[STATUS_BYTES]
+    if pid == 0 or not _read_status(pid, text):
+        return False
+    return strstr(text, "\nSigQ:") != NULL and strstr(text, "\nVmSize:") == NULL

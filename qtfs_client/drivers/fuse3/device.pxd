@@ -1,4 +1,4 @@
-from libc.stdint cimport int64_t, uint64_t
+from libc.stdint cimport uint64_t
 
 from qtfs_client.drivers.fuse3.state cimport mount_state, worker
 

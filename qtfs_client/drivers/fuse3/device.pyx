@@ -3,7 +3,7 @@
 Sources: include/uapi/linux/fuse.h, Documentation/filesystems/fuse, fs/fuse/inode.c (process_init_reply).
 """
 from libc.errno cimport EAGAIN, EINTR, EIO, ENOENT, EPROTO, EPROTONOSUPPORT, errno
-from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
 from qtfs_client.drivers.fuse3.state cimport CACHE_ALWAYS, CACHE_NONE, mount_state, worker
@@ -14,7 +14,7 @@ from qtfs_client.includes.fuse_abi cimport FUSE_ASYNC_DIO, FUSE_ASYNC_READ, FUSE
     FUSE_OLDEST_MINOR, FUSE_PARALLEL_DIROPS, FUSE_POSIX_ACL, FUSE_POSIX_LOCKS, FUSE_READDIRPLUS_AUTO, \
     FUSE_SETXATTR_EXT, fuse_in_header, fuse_init_in, fuse_init_out, fuse_notify_inval_entry_out, \
     fuse_notify_inval_inode_out, fuse_notify_store_out, fuse_out_header
-from qtfs_client.includes.linux cimport FUSE_DEV_IOC_CLONE, O_CLOEXEC, O_NONBLOCK, O_RDWR, close, ioctl, iovec, open, \
+from qtfs_client.includes.linux cimport FUSE_DEV_IOC_CLONE, O_CLOEXEC, O_NONBLOCK, O_RDWR, add_u64, close, ioctl, iovec, open, \
     read, writev
 
 cdef extern from "<unistd.h>" nogil:
@@ -74,6 +74,7 @@ cdef void forget_cached_attributes(mount_state *m, uint64_t node) noexcept nogil
     what.ino = node
     what.off = -1
     what.len = 0
+    add_u64(&m.invalidations, 1)
     write_reply(m.device, 0, FUSE_NOTIFY_INVAL_INODE, &what, sizeof(what), NULL, 0)
 
 
@@ -86,6 +87,7 @@ cdef void expire_name(mount_state *m, uint64_t directory, const char *name, size
     what.parent = directory
     what.namelen = <uint32_t>name_bytes
     what.flags = FUSE_EXPIRE_ONLY
+    add_u64(&m.invalidations, 1)
     write_reply(m.device, 0, FUSE_NOTIFY_INVAL_ENTRY, &what, sizeof(what), name, name_bytes + 1)
 
 

@@ -10,12 +10,12 @@ from qtfs_client.drivers.fuse3.callers cimport caller_alias, caller_opens, kill_
 from qtfs_client.drivers.fuse3.device cimport reply, reply_error
 from qtfs_client.drivers.fuse3.exchange cimport ask, ask_for_ourselves, hand_over
 from qtfs_client.drivers.fuse3.interrupts cimport interrupt
-from qtfs_client.drivers.fuse3.replies cimport is_fifo_or_device, note_undo, queue_forget, reply_handler
+from qtfs_client.drivers.fuse3.replies cimport is_fifo_or_device, note_undo, queue_forget, reply_handler, take_forgets
 from qtfs_client.drivers.fuse3.requests cimport build_forgets, build_special_access, build_undo_release, \
     request_builder
 from qtfs_client.drivers.fuse3.special cimport serve_special
-from qtfs_client.drivers.fuse3.state cimport BY_HANDLE, CACHE_NONE, ENOSYS_MEANT, MAKES_ENTRIES, MAKES_ENTRY, \
-    MAKES_HANDLE, MUST_ARRIVE, REPEATABLE, mount_state, operation_row, server, worker
+from qtfs_client.drivers.fuse3.state cimport BY_HANDLE, CACHE_NONE, ENOSYS_MEANT, HANDLE_POLLABLE, MAKES_ENTRIES, \
+    MAKES_ENTRY, MAKES_HANDLE, MUST_ARRIVE, REPEATABLE, mount_state, operation_row, server, worker
 from qtfs_client.drivers.fuse3.waits cimport wait_for_server
 from qtfs_client.includes.fuse_abi cimport *
 from qtfs_client.includes.linux cimport O_NONBLOCK, add_int, load_int, load_u64, pthread_mutex_lock, \
@@ -44,7 +44,6 @@ cdef enum:
     RELEASE_POLL_US = 100
     RELEASE_POLLS = 1000
     ALWAYS_READY = 0x145            # POLLIN | POLLOUT | POLLRDNORM | POLLWRNORM: DEFAULT_POLLMASK of the kernel
-    POLLABLE = 2                    # bit of a handle
 
 cdef uint64_t ENDLESS = <uint64_t>1 << 62   # a size that no write reaches: operations/streams.pyx says why
 
@@ -124,7 +123,9 @@ cdef void _lookup_special(worker *w, message *given) noexcept nogil:
     another node, of a regular-looking file whose requests come to us; everybody else gets the true one.
     """
     cdef entry *found = <entry *>given.body
-    cdef uint64_t alias = 0 if w.answered else caller_alias(w.request.pid)
+    cdef uint64_t alias
+    hand_over(w)
+    alias = 0 if w.answered else caller_alias(w.request.pid)
     if alias != 0:
         found.node |= alias
         found.attr.size = ENDLESS if alias == NODE_STREAM_WRITER and found.attr.mode & S_IFMT != S_IFBLK else 0
@@ -139,11 +140,13 @@ cdef void _lookup_local_special(worker *w, message *given) noexcept nogil:
     """
     cdef entry found = (<entry *>given.body)[0]
     cdef int status
+    hand_over(w)
     w.asked_node = found.node
     w.asked_mask = 0 if w.answered else caller_opens(w.request.pid)
     if w.asked_mask != 0:
         status = ask(w, build_special_access, True, given)
         if status < 0 or given.head.error != 0:
+            w.lookups += 1
             queue_forget(w.mount, found.node, 1)
             if not w.answered:
                 reply_error(w, -status if status < 0 else _kernel_error(w, given.head.error))
@@ -281,10 +284,13 @@ cdef void _note_polled(mount_state *m, uint64_t kh) noexcept nogil:
 
 
 cdef void _serve_poll(worker *w) noexcept nogil:
-    """POLL: ordinary files are always ready."""
+    """POLL: ordinary files are always ready; -o nopoll: all files are, and the kernel does not ask again."""
     cdef fuse_poll_in *asked = <fuse_poll_in *>w.argument
     cdef fuse_poll_out out
-    if asked.fh & POLLABLE:
+    if not w.mount.polls:
+        reply_error(w, ENOSYS)
+        return
+    if asked.fh & HANDLE_POLLABLE:
         if asked.kh > load_u64(&w.mount.last_polled):
             _note_polled(w.mount, asked.kh)
         _relay(w)
@@ -297,23 +303,17 @@ cdef void _serve_poll(worker *w) noexcept nogil:
 # ---- what needs no server --------------------------------------------------------------------------------------------
 
 cdef void _serve_forget(worker *w) noexcept nogil:
-    queue_forget(w.mount, w.request.nodeid, (<fuse_forget_in *>w.argument).nlookup)
-
-
-cdef void _serve_batch_forget(worker *w) noexcept nogil:
-    cdef uint32_t count = (<fuse_batch_forget_in *>w.argument).count
-    cdef uint64_t *pairs = <uint64_t *>(w.argument + sizeof(fuse_batch_forget_in))
-    cdef size_t i
-    for i in range(min(<size_t>count, (w.argument_bytes - sizeof(fuse_batch_forget_in)) // 16)):
-        queue_forget(w.mount, pairs[2 * i], pairs[2 * i + 1])
+    take_forgets(w.mount, w.request)
 
 
 cdef void send_forgets(worker *w) noexcept nogil:
     """Send one message of the forgets that are queued."""
+    w.forgotten_count = 0
     ask_for_ourselves(w, build_forgets)
 
 
 cdef void _serve_interrupt(worker *w) noexcept nogil:
+    hand_over(w)                        # callers.pyx says why
     interrupt(w.mount, w.device, w.request.unique, (<fuse_interrupt_in *>w.argument).unique)
 
 
@@ -418,7 +418,7 @@ cdef void _fill_special_rows() noexcept:
     _rows[FUSE_SETLK].serve = _serve_setlk
     _rows[FUSE_SETLKW].serve = _serve_setlkw
     _local_row(FUSE_FORGET, _serve_forget, sizeof(fuse_forget_in))
-    _local_row(FUSE_BATCH_FORGET, _serve_batch_forget, sizeof(fuse_batch_forget_in))
+    _local_row(FUSE_BATCH_FORGET, _serve_forget, sizeof(fuse_batch_forget_in))
     _local_row(FUSE_INTERRUPT, _serve_interrupt, sizeof(fuse_interrupt_in))
     _local_row(FUSE_DESTROY, _serve_done, 0)
     _local_row(FUSE_NOTIFY_REPLY, _serve_silence, 0)
@@ -440,6 +440,7 @@ cdef bint _is_denied(worker *w) noexcept nogil:
 cdef void serve(worker *w) noexcept nogil:
     """Do all that the request in hand needs. It has a whole header; its argument may be too short."""
     cdef uint32_t opcode = w.request.opcode
+    w.requests += 1
     w.row = &_rows[opcode] if opcode < FUSE_OPCODES else &_unknown_row
     if w.argument_bytes < w.row.least_bytes:
         reply_error(w, EINVAL)

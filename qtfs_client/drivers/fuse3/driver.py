@@ -9,18 +9,20 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import select
 import signal
 import socket
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 from qtfs_client.connection import Engine, HandshakeError, SessionLostError, Ticket, encode
 from qtfs_client.drivers import mount_options
 from qtfs_client.drivers.fuse3.following import Follower
 from qtfs_client.drivers.fuse3.mount import EVENT_LINE, Mount
 from qtfs_client.drivers.fuse3.special import special_rules
-from qtfs_client.drivers.mounting import FuseMount
+from qtfs_client.drivers.mounting import FuseMount, device_number, start_writing_back
 from qtfs_client.options import MountOptions
 from qtfs_common.errors import ConnectError, QtfsError
 from qtfs_common.protocol import EVENT, OPERATIONS
@@ -36,10 +38,23 @@ _RETRY_LAST_S = 2.0
 _ATTEMPT_S = 5.0
 _DETACH_S = 2.0
 _WRITE_BACK_S = 5.0
+_UNMOUNT_S = 2.0
 _STACK_BYTES = 256 * 1024
+#: How far the kernel reads ahead, in bytes. More serves who reads in sequence, and costs page faults of who does not.
+_READ_AHEAD = 512 * 1024
 _JOIN_S = 0.2
 #: Makes a thread return from read(/dev/fuse); it does nothing else.
 _WAKE_SIGNAL = signal.SIGUSR1
+
+
+def _read_ahead(mountpoint: str, size: int) -> None:
+    """Have the kernel read up to `size` bytes ahead of who reads in sequence.
+
+    Source: Documentation/ABI/testing/sysfs-class-bdi. Where we may not change that, as in a container or for another
+    user than root, it stays at 128 KiB.
+    """
+    with contextlib.suppress(OSError):
+        Path(f"/sys/class/bdi/{device_number(mountpoint)}/read_ahead_kb").write_text(f"{size >> 10}\n")
 
 
 @contextlib.contextmanager
@@ -54,6 +69,24 @@ def _woken_by_signals() -> Iterator[socket.socket]:
             yield receiver
         finally:
             signal.set_wakeup_fd(-1)
+
+
+def _write_back(mountpoints: list[str]) -> None:
+    """Write what programs changed in their memory, as far as the server takes it in time.
+
+    By processes: a thread of ours that waits for ourselves would keep the device open when we are killed, and with it
+    everybody who waits there. Errors are the business of msync(2).
+    """
+    until = time.monotonic() + _WRITE_BACK_S
+    with contextlib.suppress(OSError):
+        for pid in [start_writing_back(mountpoint) for mountpoint in mountpoints]:
+            writing = os.pidfd_open(pid)
+            ended = select.poll()  # not select(2): a daemon may have more than 1024 descriptors
+            ended.register(writing, select.POLLIN)
+            ended.poll(max(until - time.monotonic(), 0) * 1000)
+            os.close(writing)
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, os.WNOHANG)
 
 
 class Fuse3Driver:
@@ -77,6 +110,7 @@ class Fuse3Driver:
         self._threads: list[threading.Thread] = []
         self._lost_since: float | None = None
         self._interruptions = 0
+        self._reconnects = 0  # channels that were replaced
         self._delay_s = _RETRY_FIRST_S
         self._without_thread: int | None = None  # a worker that could not be started
 
@@ -88,23 +122,39 @@ class Fuse3Driver:
         if mount is not None:
             mount.expire_name(directory, name)
 
+    def figures(self) -> dict[str, object]:
+        """Counters for the control socket."""
+        mount = self._mount
+        return {
+            "driver": "fuse3",
+            "reconnects": self._reconnects,
+            "begun_anew": self._epoch - 1,
+            "interruptions": self._interruptions,
+            **(mount.figures() if mount is not None else {}),
+        }
+
     def mount(self) -> None:
         """Attach the file system to the mount point and agree with the kernel on the protocol. Raises MountError."""
         options = self._options
+        channels = self._ticket.slots - (1 if options.propagate and not self._is_child else 0)
+        threads = min(options.channels, channels)
         wanted = [*mount_options(options), f"max_read={min(options.max_read, self._ticket.max_payload)}"]
         self._attached = FuseMount(options.mountpoint, wanted)
         self._mount = Mount(
             self._attached.device(),
             cache=options.cache,
-            channels=self._ticket.slots - (1 if options.propagate and not self._is_child else 0),
+            channels=threads,
+            spare_channels=channels - threads,
             timeout_s=options.timeout_s,
             max_payload=self._ticket.max_payload,
             neighbour=self._engine.address.is_loopback,
             owner=os.getuid() if options.allow_root else None,
             special_remote=options.special == "remote",
+            polls=options.poll,
             rules=special_rules(options.rules, options.source),
         )
         self._mount.negotiate()
+        _read_ahead(options.mountpoint, min(options.max_read, _READ_AHEAD))
         if options.special == "remote" and not self._mount.special_remote:
             log.warning("/proc/PID/syscall cannot be read: FIFOs and devices work as with special=local")
         if not self._mount.has_triage:
@@ -118,8 +168,16 @@ class Fuse3Driver:
         try:
             with self._follower.running(), _woken_by_signals() as signals:
                 self._serve(_FIRST_WORKERS, signals.fileno())
+                self._disconnect()
         finally:
             self.mounted.stop()
+
+    def _disconnect(self) -> None:
+        """Give the device up. Threads of ours may wait for ourselves, the follower's for one, and nobody serves it."""
+        if self._attached is not None:
+            self._attached.disconnect()
+        if self._mount is not None:
+            self._mount.disconnect()
 
     def serve_child(self) -> None:
         """The same for a child, on a thread of its own."""
@@ -128,7 +186,7 @@ class Fuse3Driver:
     def _serve(self, workers: int, signals: int) -> None:
         mount = self.mounted
         try:
-            self._start(mount.run_events)
+            self._start_events(mount, signals)
             for _ in range(workers):
                 self._add_worker(mount)
             while not mount.stopping:
@@ -137,19 +195,25 @@ class Fuse3Driver:
             mount.stop()
             self._join()
 
+    def _start_events(self, mount: Mount, signals: int) -> None:
+        """The thread of the event channel, as soon as the system grants it."""
+        while not mount.stopping:
+            try:
+                self._start(mount.run_events)
+                return
+            except RuntimeError as error:
+                log.warning("the event channel: %s", error)
+            mount.wait(self._delay(), signals)
+
     def unmount(self) -> None:
         """Detach the mount point and end `serve`. Pages that programs changed in their memory are written first."""
         follower, attached, mount = self._follower, self._attached, self._mount
         if attached is not None:
-            children = follower.attached() if follower is not None else []
-            # In threads of their own: a server that does not answer must not keep the mount.
-            writing = [threading.Thread(target=a.write_back, daemon=True) for a in (*children, attached)]
-            for thread in writing:
-                thread.start()
-            deadline = time.monotonic() + _WRITE_BACK_S
-            for thread in writing:
-                thread.join(max(0.0, deadline - time.monotonic()))
-            attached.unmount()
+            _write_back([self._options.mountpoint, *(follower.used() if follower is not None else [])])
+            # In a thread of its own: the way there may lead through a mount whose server does not answer.
+            leaving = threading.Thread(target=attached.unmount, daemon=True)
+            leaving.start()
+            leaving.join(_UNMOUNT_S)
         if mount is not None:
             mount.stop()
 
@@ -163,6 +227,7 @@ class Fuse3Driver:
     def close(self) -> None:
         """Tell the engine that the session is over, and give back the rest."""
         self._detach()
+        self._disconnect()
         if self._attached is not None:
             self._attached.unmount()
         self._mount = None
@@ -174,11 +239,6 @@ class Fuse3Driver:
         """The mount, after `mount`."""
         assert self._mount is not None
         return self._mount
-
-    @property
-    def attached(self) -> FuseMount | None:
-        """What `mount` attached to the mount point."""
-        return self._attached
 
     @property
     def ticket(self) -> Ticket:
@@ -210,7 +270,7 @@ class Fuse3Driver:
         events = self._mount.detached_event_channel() if self._mount is not None else None
         if events is not None or self._lost_since is not None:
             return events, EVENT
-        return self._engine.attach(self._ticket, 0)[0], 0
+        return self._engine.with_timeout(_DETACH_S).attach(self._ticket, 0)[0], 0
 
     # ------------------------------------------------------------------------------------------------------- manager
 
@@ -237,9 +297,14 @@ class Fuse3Driver:
             log.warning("%s: connected again", self._engine.address)
             self._lost_since = None
             mount.set_down(False)
-        if mount.wants_worker:
+        if mount.wants_worker or self._has_no_worker:
             self._add_worker(mount)
-        return -1
+        # Without any worker nobody asks for one.
+        return self._delay() if self._has_no_worker else -1
+
+    @property
+    def _has_no_worker(self) -> bool:
+        return len(self._threads) < 2  # the first is the event channel's
 
     def _add_worker(self, mount: Mount) -> None:
         """One more worker, if the engine grants a channel and the system a thread; else it will be asked for again."""
@@ -280,6 +345,7 @@ class Fuse3Driver:
         try:
             for slot in lost:
                 self._replace(mount, slot)
+                self._note_reached(mount)
         except (ConnectError, HandshakeError) as error:
             if self._lost_since is None:
                 self._lost_since = time.monotonic()
@@ -291,6 +357,13 @@ class Fuse3Driver:
             return False
         return True
 
+    def _note_reached(self, mount: Mount) -> None:
+        """One channel is back: the others have been missing only since now, and are asked for soon."""
+        if self._lost_since is not None:
+            self._lost_since = time.monotonic()
+            self._delay_s = _RETRY_FIRST_S
+            mount.set_down(False)
+
     def _replace(self, mount: Mount, slot: int) -> None:
         try:
             connection, sequence = self._attach(slot)
@@ -298,7 +371,7 @@ class Fuse3Driver:
             log.warning("%s: starting afresh; files that are open are lost", error)
             self._new_session()
             connection, sequence = self._attach(slot)
-        mount.deliver(slot, connection, self._epoch, sequence)
+        self._reconnects += mount.deliver(slot, connection, self._epoch, sequence)
 
     def _new_session(self) -> None:
         options = self._options

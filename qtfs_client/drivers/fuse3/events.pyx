@@ -5,44 +5,34 @@ INTERRUPT is always seen. What it reads for the workers it puts aside, in order,
 """
 from libc.errno cimport EAGAIN, ENODEV, ENOMEM, errno
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
-from libc.stdlib cimport free, malloc
+from libc.stdlib cimport malloc
 from libc.string cimport memcpy, memset
 
+from qtfs_client.drivers.fuse3.delayed cimport bring_back_locked, see_to_crew
 from qtfs_client.drivers.fuse3.device cimport write_reply
 from qtfs_client.drivers.fuse3.exchange cimport drain, lose, stop
 from qtfs_client.drivers.fuse3.interrupts cimport answer_pending_locked, interrupt
-from qtfs_client.drivers.fuse3.replies cimport queue_forget
-from qtfs_client.drivers.fuse3.state cimport BUFFER_BYTES, LINK_READY, LINK_UP, MAX_CHANGES, PENDING_BYTES, \
+from qtfs_client.drivers.fuse3.made_nodes cimport see_to_opens
+from qtfs_client.drivers.fuse3.replies cimport take_forgets
+from qtfs_client.drivers.fuse3.state cimport BUFFER_BYTES, LINK_READY, LINK_UP, MAX_CHANGE_BYTES, MAX_CHANGES, PENDING_BYTES, \
     PENDING_REQUESTS, mount_change, mount_state, pending_request
 from qtfs_client.drivers.fuse3.waits cimport ask_again, next_wait_message, see_to_waits_locked, take_wait_reply
 from qtfs_client.includes.fuse_abi cimport FUSE_BATCH_FORGET, FUSE_FORGET, FUSE_INTERRUPT, FUSE_NOTIFY_POLL, \
-    fuse_batch_forget_in, fuse_forget_in, fuse_in_header, fuse_interrupt_in
-from qtfs_client.includes.linux cimport POLLIN, add_int, eventfd_write, load_int, load_u64, poll, pollfd, pthread_mutex_lock, \
-    pthread_mutex_unlock, read, store_i64, store_int
+    fuse_in_header, fuse_interrupt_in
+from qtfs_client.includes.linux cimport add_int, load_int, load_u64, pthread_mutex_lock, pthread_mutex_unlock, read, \
+    store_i64, store_int
+from qtfs_common.includes.polling cimport EPOLLIN, EPOLL_CTL_ADD, EPOLL_CTL_DEL, POLLIN, epoll_ctl, epoll_event, \
+    eventfd_write, poll, pollfd
 from qtfs_common.protocol cimport EVENT_SLOT, MESSAGE_REPLY, OP_CANCEL, OP_MOUNTS_CHANGED, OP_PING, OP_READY, header
 from qtfs_common.transport cimport WAIT_READABLE, WAIT_WRITABLE, message, now_us
 
-cdef extern from "<sys/epoll.h>" nogil:
-    enum:
-        EPOLLIN
-        EPOLL_CTL_ADD
-        EPOLL_CTL_DEL
-        EPOLL_CLOEXEC
-    ctypedef union epoll_data_t:
-        int fd
-    struct epoll_event:
-        uint32_t events
-        epoll_data_t data
-    int epoll_create1(int)
-    int epoll_ctl(int, int, int, epoll_event *)
-
-cdef extern from "<unistd.h>" nogil:
-    int close(int)
-
 cdef enum:
     TICK_US = 1000000               # while somebody waits for something
+    CREW_TICK_US = 50000            # while all workers do
     PING_US = 5000000               # between two PINGs, at most
+    DEAD_US = 10000000              # silence after which the event channel is replaced
     SETTLE_US = 10000               # all workers busy for that long: triage begins
+    TOLD_AT_ONCE = 4096             # pollers, between two looks at everything else
     UNCONFIRMED_AT_MOST = 32        # the server keeps messages until we confirm them
 
 
@@ -111,6 +101,19 @@ cdef void _send(mount_state *m, int64_t now) noexcept nogil:
         _lose(m)
 
 
+# ---- the server's pulse ----------------------------------------------------------------------------------------------
+
+cdef void _hear(mount_state *m) noexcept nogil:
+    """The server has said something."""
+    m.unanswered_us = 0
+    store_i64(&m.silent_us, 0)
+
+
+cdef void _count_silence(mount_state *m, int64_t slept_us, int64_t planned_us) noexcept nogil:
+    """What is beyond the plan is no silence of the server's: we were stopped ourselves, and have not looked yet."""
+    store_i64(&m.silent_us, m.silent_us + min(slept_us, planned_us + SETTLE_US))
+
+
 # ---- receiving -----------------------------------------------------------------------------------------------------
 
 cdef void _notify_pollers(mount_state *m, uint64_t kh) noexcept nogil:
@@ -134,7 +137,7 @@ cdef void _note_mounts(mount_state *m, const message *got) noexcept nogil:
 
     Without room the names expire by themselves.
     """
-    cdef size_t size = got.body_bytes if got != NULL else 0
+    cdef size_t size = got.body_bytes if got != NULL and got.body_bytes <= MAX_CHANGE_BYTES else 0
     cdef mount_change *change = NULL
     if m.change_count < MAX_CHANGES:
         change = <mount_change *>malloc(sizeof(mount_change) + size)
@@ -166,12 +169,11 @@ cdef bint _take_message(mount_state *m, const message *got) noexcept nogil:
     return is_reply or got.head.op in (OP_READY, OP_MOUNTS_CHANGED)
 
 
-cdef void _receive(mount_state *m, int64_t now) noexcept nogil:
+cdef void _receive(mount_state *m) noexcept nogil:
     cdef message got
     cdef int found = m.event.ch.ops.receive(m.event.ch, &got)
     while found == 1 and not load_int(&m.stopping):
-        m.unanswered_us = 0
-        store_i64(&m.heard_us, now)
+        _hear(m)
         if not _take_message(m, &got):
             break
         found = m.event.ch.ops.receive(m.event.ch, &got)
@@ -181,62 +183,60 @@ cdef void _receive(mount_state *m, int64_t now) noexcept nogil:
 
 cdef void _greet_new_session(mount_state *m) noexcept nogil:
     """The server has forgotten what was polled: whoever polls has to ask again, and learn that the file is lost."""
-    cdef uint64_t kh
     m.event_seen = 0
-    for kh in range(1, load_u64(&m.last_polled) + 1):
-        _notify_pollers(m, kh)
+    m.next_told = 1
 
 
-cdef void _take_fresh(mount_state *m, int64_t now) noexcept nogil:
+cdef void _tell_pollers(mount_state *m) noexcept nogil:
+    """Tell some of those that are to be told: the kernel counts its open files, ever, and who polls is any of them."""
+    cdef uint64_t until = min(m.next_told + TOLD_AT_ONCE, load_u64(&m.last_polled) + 1)
+    if m.next_told == 0:
+        return
+    while m.next_told < until:
+        _notify_pollers(m, m.next_told)
+        m.next_told += 1
+    if until > load_u64(&m.last_polled):
+        m.next_told = 0
+
+
+cdef void _take_fresh(mount_state *m) noexcept nogil:
     """Go on over a fresh channel: whoever waits asks again."""
     cdef bint same_session = m.event.epoch == m.event.fresh_epoch
     m.event.ch = m.event.fresh
     m.event.epoch = m.event.fresh_epoch
     m.event_flushing = False
     store_int(&m.event.link, LINK_UP)
-    m.unanswered_us = 0
-    store_i64(&m.heard_us, now)
+    if m.dead:
+        m.dead = False
+        add_int(&m.renewals, 1)         # the workers' channels may be as dead, and their replies lost with them
+    _hear(m)
     _note_mounts(m, NULL)
     ask_again(m, same_session)
     if not same_session:
         _greet_new_session(m)
 
 
-cdef bint _is_silent(mount_state *m, int64_t now) noexcept nogil:
-    """Whether a PING has gone unanswered for the mount's timeout: a fresh connection may find the server sooner than
-    TCP's ever rarer retransmissions. Not merely since it was heard: we may have been stopped ourselves.
+cdef bint _is_dead(mount_state *m) noexcept nogil:
+    """Whether PINGs go unanswered for so long that a fresh connection may find the server sooner than TCP's ever rarer
+    retransmissions.
     """
-    return m.timeout_us > 0 and m.unanswered_us > 0 and now - m.unanswered_us > m.timeout_us
+    return m.unanswered_us > 0 and m.silent_us > (min(m.timeout_us // 2, <int64_t>DEAD_US) if m.timeout_us > 0 else DEAD_US)
 
 
 cdef void _attend_channel(mount_state *m, int64_t now) noexcept nogil:
     """All that can be done on the event channel without sleeping."""
     if load_int(&m.event.link) == LINK_READY:
-        _take_fresh(m, now)
+        _take_fresh(m)
     if load_int(&m.event.link) == LINK_UP:
-        _receive(m, now)
-    if load_int(&m.event.link) == LINK_UP and _is_silent(m, now):
+        _receive(m)
+    if load_int(&m.event.link) == LINK_UP and _is_dead(m):
+        m.dead = True
         _lose(m)
     if load_int(&m.event.link) == LINK_UP:
         _send(m, now)
 
 
 # ---- triage --------------------------------------------------------------------------------------------------------
-
-cdef void _triage_forgets(mount_state *m, fuse_in_header *request) noexcept nogil:
-    """FORGET, BATCH_FORGET: for the next worker that sends some."""
-    cdef uint8_t *argument = <uint8_t *>(request + 1)
-    cdef size_t have = request.len - sizeof(fuse_in_header)
-    cdef uint64_t *pairs = <uint64_t *>(argument + sizeof(fuse_batch_forget_in))
-    cdef size_t i, count
-    if request.opcode == FUSE_FORGET:
-        if have >= sizeof(fuse_forget_in):
-            queue_forget(m, request.nodeid, (<fuse_forget_in *>argument).nlookup)
-    elif have >= sizeof(fuse_batch_forget_in):
-        count = min(<size_t>(<fuse_batch_forget_in *>argument).count, (have - sizeof(fuse_batch_forget_in)) // 16)
-        for i in range(count):
-            queue_forget(m, pairs[2 * i], pairs[2 * i + 1])
-
 
 cdef int _set_aside_locked(mount_state *m, const uint8_t *buffer, size_t size) noexcept nogil:
     """Keep a request for the workers: 0 or -ENOMEM."""
@@ -245,6 +245,8 @@ cdef int _set_aside_locked(mount_state *m, const uint8_t *buffer, size_t size) n
         return -ENOMEM
     pending.next = NULL
     pending.size = size
+    pending.device = m.triage_device
+    pending.delay_us = 0
     pending.since_us = now_us()
     pending.interrupted_us = 0
     pending.answered = False
@@ -287,7 +289,7 @@ cdef bint _triage_one(mount_state *m, uint8_t *buffer) noexcept nogil:
     elif request.opcode == FUSE_INTERRUPT and <size_t>got >= sizeof(fuse_in_header) + sizeof(fuse_interrupt_in):
         interrupt(m, m.triage_device, request.unique, (<fuse_interrupt_in *>(request + 1)).unique)
     elif request.opcode in (FUSE_FORGET, FUSE_BATCH_FORGET):
-        _triage_forgets(m, request)
+        take_forgets(m, request)
     return True
 
 
@@ -303,29 +305,45 @@ cdef bint _still_saturated(mount_state *m) noexcept nogil:
 
 # ---- the loop ------------------------------------------------------------------------------------------------------
 
-cdef void _tick(mount_state *m, int64_t now) noexcept nogil:
-    """Answer those that need not wait any longer."""
+cdef int64_t _tick(mount_state *m, int64_t now) noexcept nogil:
+    """Answer those that need not wait any longer; see to what was put off. When there is the next to see to, or 0."""
+    cdef int64_t next_us
     pthread_mutex_lock(&m.guard)
     see_to_waits_locked(m, now)
     answer_pending_locked(m, now)
+    next_us = bring_back_locked(m, now)
     pthread_mutex_unlock(&m.guard)
+    see_to_crew(m, now)
+    if see_to_opens(m):
+        next_us = min(next_us, now + TICK_US) if next_us > 0 else now + TICK_US
+    return next_us
 
 
-cdef int64_t _sleep_us(mount_state *m, bint triage, bint settling, int64_t now) noexcept nogil:
+cdef int64_t _sleep_us(mount_state *m, bint triage, bint settling, int64_t now, int64_t next_us) noexcept nogil:
     """How long there is nothing to do unless somebody wakes us."""
-    cdef int64_t left = max(m.pinged_us + _ping_us(m) - now, 1000)
+    cdef bint connected = load_int(&m.event.link) == LINK_UP
+    cdef int64_t left = max(m.pinged_us + _ping_us(m) - now, 1000) if connected else TICK_US
+    if m.next_told > 0:
+        return 0
     if settling:
         return SETTLE_US
-    return min(left, TICK_US) if triage or m.waits != NULL or m.pending != NULL else left
+    if next_us > 0:
+        left = min(left, max(next_us - now, <int64_t>1000))
+    if m.waiting_since_us > 0:
+        left = min(left, <int64_t>CREW_TICK_US)
+    if triage or m.waits != NULL or m.pending != NULL or m.unanswered_us > 0:
+        return min(left, TICK_US)
+    return left
 
 
-cdef void _sleep(mount_state *m, int bell, int64_t timeout_us) noexcept nogil:
-    """Wait for the event channel or for what the bell, an epoll descriptor, collects."""
+cdef void _sleep(mount_state *m, int64_t timeout_us) noexcept nogil:
+    """Wait for the event channel or for what the bell collects."""
     cdef pollfd fds
     if load_int(&m.event.link) == LINK_UP:
-        m.event.ch.ops.wait(m.event.ch, WAIT_READABLE | (WAIT_WRITABLE if m.event_flushing else 0), bell, timeout_us)
+        m.event.ch.ops.wait(m.event.ch, WAIT_READABLE | (WAIT_WRITABLE if m.event_flushing else 0), m.bell,
+                            -1, timeout_us)
         return
-    fds.fd = bell
+    fds.fd = m.bell
     fds.events = POLLIN
     poll(&fds, 1, <int>(timeout_us // 1000) + 1)
 
@@ -337,35 +355,34 @@ cdef void _listen(int bell, int fd, bint wanted) noexcept nogil:
     epoll_ctl(bell, EPOLL_CTL_ADD if wanted else EPOLL_CTL_DEL, fd, &event)
 
 
-cdef void _watch(mount_state *m, int bell, uint8_t *buffer) noexcept nogil:
+cdef void _watch(mount_state *m) noexcept nogil:
     cdef bint triage = False, settling = False, wanted
-    cdef int64_t now
+    cdef int64_t now, next_us, planned_us
     while not load_int(&m.stopping):
         now = now_us()
-        _tick(m, now)                   # first: what it finds over has to be told to the server
+        next_us = _tick(m, now)     # first: what it finds over has to be told to the server
         _attend_channel(m, now)
+        _tell_pollers(m)
         wanted = _still_saturated(m)
         if wanted and not triage and not settling:
             settling = True             # most of the time a worker is back before it is worth the trouble
         elif wanted != triage:
-            _listen(bell, m.triage_device, wanted)
+            _listen(m.bell, m.triage_device, wanted)
             triage = wanted
             settling = False
         elif not wanted:
             settling = False
-        while triage and _triage_one(m, buffer):
+        while triage and _triage_one(m, m.triage_buffer):
             pass
-        _sleep(m, bell, _sleep_us(m, triage, settling, now))
+        if triage:
+            next_us = _tick(m, now) # what is refused anyway, at once
+        planned_us = _sleep_us(m, triage, settling, now, next_us)
+        _sleep(m, planned_us)
+        _count_silence(m, now_us() - now, planned_us)
         drain(m.event_fd)
 
 
 cdef void watch(mount_state *m) noexcept nogil:
     """The event thread, from its start to the end of the mount."""
-    cdef int bell = epoll_create1(EPOLL_CLOEXEC)
-    cdef uint8_t *buffer = <uint8_t *>malloc(BUFFER_BYTES)
-    if bell >= 0 and buffer != NULL:
-        _listen(bell, m.event_fd, True)
-        _watch(m, bell, buffer)
-    free(buffer)
-    if bell >= 0:
-        close(bell)
+    _listen(m.bell, m.event_fd, True)
+    _watch(m)

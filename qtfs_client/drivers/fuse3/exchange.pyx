@@ -14,20 +14,24 @@ it grants; or until the connection ends.
 from libc.errno cimport EAGAIN, EINTR, EIO, ENODEV
 from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 
-from qtfs_client.drivers.fuse3.callers cimport caught_signal_pending, fatal_signal_pending
+from qtfs_client.drivers.fuse3.callers cimport caught_signal_pending, fatal_signal_pending, is_exiting
+from qtfs_client.drivers.fuse3.delayed cimport put_off
 from qtfs_client.drivers.fuse3.device cimport reply_error
-from qtfs_client.drivers.fuse3.state cimport LINK_LOST, LINK_READY, LINK_UP, MUST_ARRIVE, PHASE_BUILD, PHASE_SEND, \
-    PHASE_SENT, builder, line, mount_state, worker
-from qtfs_client.includes.linux cimport POLLIN, eventfd_read, eventfd_write, load_i64, load_int, load_u64, poll, pollfd, \
-    pthread_mutex_lock, pthread_mutex_unlock, store_int
-from qtfs_common.protocol cimport MESSAGE_REPLY
+from qtfs_client.drivers.fuse3.replies cimport answer_from_memory_locked
+from qtfs_client.drivers.fuse3.state cimport CAUGHT_SIGNAL_US, LINK_LOST, LINK_READY, LINK_UP, MAKES_ENTRIES, \
+    MAKES_ENTRY, MAKES_HANDLE, MEMORY_US, MUST_ARRIVE, PHASE_BUILD, PHASE_SEND, PHASE_SENT, builder, line, mount_state, \
+    worker
+from qtfs_client.includes.linux cimport load_i64, load_int, load_u64, pthread_mutex_lock, pthread_mutex_unlock, \
+    store_int
+from qtfs_common.includes.polling cimport POLLIN, eventfd_read, eventfd_write, poll, pollfd
+from qtfs_common.protocol cimport ERROR_DELAYED, MESSAGE_REPLY, ROOT_NODE
 from qtfs_common.spinning cimport SPIN_CAP_US, move_away, spin_begin, spin_shares, spin_turn
 from qtfs_common.transport cimport WAIT_READABLE, WAIT_WOKEN, WAIT_WRITABLE, message, now_us
 
 cdef enum:
     SLICE_US = 1000000              # longest sleep between two looks at interrupts and timeouts
-    CAUGHT_SIGNAL_US = 2000000      # how long a caller that caught a signal still waits for success
     MAX_ATTEMPTS = 8                # of one request, over connections that break one after the other
+    MOST_ATTEMPTS = 64              # of one whose caller does not wait, or that the server has executed
     PATIENCE_US = 120               # how long the next request may have to wait for us before somebody else takes it
     SPIN_CREDIT = 8                 # spins that may fail in a row before they are taken for useless
     SHARED_TURNS = 8                # shared with the engine, it seems, until we move
@@ -127,6 +131,9 @@ cdef int _receive(worker *w, message *reply) noexcept nogil:
         return 0
     if found > 0 and w.phase == PHASE_SENT and reply.head.sequence == w.sequence and reply.head.op == w.asked_op and \
             reply.head.flags & MESSAGE_REPLY:
+        w.renewals_seen = load_int(&w.mount.renewals)
+        if load_int(&w.mount.overdue):
+            store_int(&w.mount.overdue, 0)
         return 1
     lose(w.mount.manager_fd, &w.link)
     return 0
@@ -145,8 +152,7 @@ cdef int _spin(worker *w, message *reply) noexcept nogil:
             look = w.spinner.spent_us + PATIENCE_US // 4
             if not is_quiet(w.mount.device):
                 hand_over(w)
-    # Not where the caller runs, as /proc/PID/stat would tell: reading that was seen to sleep, beyond any signal, while
-    # the caller slept in a FLUSH of ours at its exit.
+    # Not where the caller runs: /proc/PID/stat would tell, but must not be read in a FLUSH, callers.pyx says why.
     if spin_shares(&w.spinner, SHARED_TURNS, now):
         move_away()
     if found:
@@ -168,8 +174,14 @@ cdef bint _spin_pays(worker *w) noexcept nogil:
 
 # ---- a fresh channel -------------------------------------------------------------------------------------------------
 
-cdef bint _has_to_arrive(worker *w) noexcept nogil:
+cdef bint _has_to_arrive(const worker *w) noexcept nogil:
     return not w.own and w.row.flags & MUST_ARRIVE != 0
+
+
+cdef bint _has_to_be_finished(worker *w) noexcept nogil:
+    """Whether the server may grant something, once, that nobody but us can give back."""
+    return w.own or w.row.flags & MUST_ARRIVE != 0 or \
+        w.begun and w.row.flags & (MAKES_ENTRY | MAKES_HANDLE | MAKES_ENTRIES) != 0
 
 
 cdef int _same_session(worker *w) noexcept nogil:
@@ -195,19 +207,27 @@ cdef int _new_session(worker *w) noexcept nogil:
     return -EIO if in_doubt and not w.repeatable else 0
 
 
+cdef bint _is_hopeless(const worker *w) noexcept nogil:
+    """Whether the request breaks every connection that it goes out by. What the server has granted is fetched all the same."""
+    if w.attempts <= MAX_ATTEMPTS or _has_to_arrive(w):
+        return False
+    return w.attempts > MOST_ATTEMPTS or not w.executed and not w.own
+
+
 cdef int _take_fresh(worker *w) noexcept nogil:
     """Go on over the manager's fresh channel: 0; -EIO: the request cannot be sent again; -EINTR: nobody waits."""
     cdef int status
     w.link.ch = w.link.fresh
     store_int(&w.link.link, LINK_UP)
+    w.renewals_seen = load_int(&w.mount.renewals)
+    w.suspect_us = 0
     w.attempts += 1
     if w.link.fresh_epoch != w.link.epoch:
         status = _new_session(w)
-    elif w.attempts > MAX_ATTEMPTS and not _has_to_arrive(w):
-        w.sequence = w.link.fresh_sequence + 1
-        status = -EIO
     else:
         status = _same_session(w)
+        if status == 0 and _is_hopeless(w):
+            status = -EIO
     w.phase = PHASE_BUILD
     return status
 
@@ -219,32 +239,82 @@ cdef void _answer_early(worker *w, int error) noexcept nogil:
     w.answered = True
 
 
+cdef bint ends_without(mount_state *m, uint32_t pid, int64_t since_us, int64_t now) noexcept nogil:
+    """Whether a process that closes a file because it ends is not to wait for that: no signal reaches it any more, and
+    it does not look at the result. Once one has waited in vain, the files that are still to be closed do not wait:
+    all its own, and those of others until the server says something.
+    """
+    cdef bint waited = now - since_us > CAUGHT_SIGNAL_US or load_int(&m.overdue) or <uint32_t>load_int(&m.overdue_pid) == pid
+    if not waited or not is_exiting(pid):
+        return False
+    store_int(&m.overdue, 1)
+    store_int(&m.overdue_pid, <int32_t>pid)
+    return True
+
+
 cdef void _see_to_interrupt(worker *w, int64_t now) noexcept nogil:
-    """Answer EINTR to an interrupted caller that will die, or that has waited long enough."""
-    if w.answered or w.own or load_u64(&w.interrupted) != w.request.unique:
+    """Answer EINTR to an interrupted caller that will die, or that has waited long enough; and to one that is ending."""
+    cdef bint has_waited
+    if w.answered or w.own:
         return
-    if w.give_up_us == 0:
-        w.give_up_us = now + CAUGHT_SIGNAL_US
+    if _has_to_arrive(w) and ends_without(w.mount, w.request.pid, w.since_us, now):
+        _answer_early(w, EINTR)
+        return
+    if load_u64(&w.interrupted) != w.request.unique:
+        return
+    hand_over(w)                        # callers.pyx says why
+    if w.interrupted_us == 0:
+        w.interrupted_us = now
+    has_waited = now - w.interrupted_us >= CAUGHT_SIGNAL_US
     # A FLUSH that is overtaken could end the locks of a process to come with the same lock owner: it gets its time.
-    if fatal_signal_pending(w.request.pid) and (now >= w.give_up_us or not _has_to_arrive(w)) or \
-            now >= w.give_up_us and caught_signal_pending(w.request.pid):
+    if fatal_signal_pending(w.request.pid) and (has_waited or not _has_to_arrive(w)) or \
+            has_waited and caught_signal_pending(w.request.pid):
         _answer_early(w, EINTR)
 
 
+cdef bint is_given_up(mount_state *m, int64_t since_us, int64_t now) noexcept nogil:
+    """Whether what was asked then is to wait no longer: the server has not been heard of for the mount's timeout."""
+    return m.timeout_us > 0 and load_i64(&m.silent_us) > m.timeout_us and \
+        now - since_us >= min(m.timeout_us, <int64_t>SLICE_US)
+
+
 cdef void _see_to_silence(worker *w, int64_t now) noexcept nogil:
-    """Answer EIO if the server has not been heard of for the mount's timeout."""
-    cdef mount_state *m = w.mount
-    if w.answered or w.own or m.timeout_us == 0 or now - w.asked_us < min(m.timeout_us, SLICE_US):
-        return
-    if now - load_i64(&m.heard_us) > m.timeout_us:
+    """Answer EIO if the server is silent."""
+    if not w.answered and not w.own and is_given_up(w.mount, w.since_us, now):
         _answer_early(w, EIO)
+
+
+cdef void _see_to_root(worker *w, int64_t now) noexcept nogil:
+    """Answer what is asked of the root from memory: umount(8) has to come to its end."""
+    cdef mount_state *m = w.mount
+    if w.answered or w.own or w.request.nodeid != ROOT_NODE or now - w.since_us < MEMORY_US:
+        return
+    pthread_mutex_lock(&m.guard)
+    w.answered = answer_from_memory_locked(m, w.device, w.request)
+    pthread_mutex_unlock(&m.guard)
+
+
+cdef void _see_to_caller(worker *w, int64_t now) noexcept nogil:
+    """Answer a caller that need not wait any longer."""
+    _see_to_interrupt(w, now)
+    _see_to_silence(w, now)
+    _see_to_root(w, now)
+
+
+cdef void _see_to_channel(worker *w, int64_t now) noexcept nogil:
+    """Give up a channel over which nothing comes since the event channel had to be replaced."""
+    if w.phase != PHASE_SENT or w.renewals_seen == load_int(&w.mount.renewals) or load_int(&w.link.link) != LINK_UP:
+        return
+    if w.suspect_us == 0:
+        w.suspect_us = now
+    elif now - w.suspect_us >= SLICE_US:
+        lose(w.mount.manager_fd, &w.link)
 
 
 cdef int64_t _slice_us(worker *w, int64_t now) noexcept nogil:
     """How long to sleep at most."""
-    if w.give_up_us > now and not w.answered:
-        return min(w.give_up_us - now, SLICE_US)
-    return SLICE_US
+    cdef int64_t left = w.interrupted_us + CAUGHT_SIGNAL_US - now if w.interrupted_us > 0 and not w.answered else 0
+    return min(left, <int64_t>SLICE_US) if left > 0 else SLICE_US
 
 
 cdef void _sleep_unconnected(worker *w, int64_t timeout_us) noexcept nogil:
@@ -259,20 +329,22 @@ cdef int _wait(worker *w) noexcept nogil:
     """Sleep until something happens. 0; -ENODEV: the mount ends; -EIO: the server is out of reach."""
     cdef int64_t now = now_us()
     cdef int seen
-    hand_over(w)
     if load_int(&w.mount.stopping):
         return -ENODEV
-    _see_to_interrupt(w, now)
-    _see_to_silence(w, now)
+    _see_to_caller(w, now)
+    _see_to_channel(w, now)
     if load_int(&w.link.link) != LINK_UP:
-        if load_int(&w.mount.down) and not _has_to_arrive(w):
+        hand_over(w)
+        if load_int(&w.mount.down) and not _has_to_be_finished(w):
             return -EIO
-        if load_int(&w.mount.down) and not w.answered:
+        if load_int(&w.mount.down) and not w.answered and not w.own:
             _answer_early(w, EIO)
         _sleep_unconnected(w, _slice_us(w, now))
         return 0
     seen = w.link.ch.ops.wait(w.link.ch, WAIT_READABLE if w.phase == PHASE_SENT else WAIT_WRITABLE, w.link.wake_fd,
-                              _slice_us(w, now))
+                              w.mount.device if w.owes else -1, _slice_us(w, now))
+    if seen != WAIT_READABLE:
+        hand_over(w)                    # the next request is there, or this one takes its time
     if seen & WAIT_WOKEN:
         drain(w.link.wake_fd)
     return 0
@@ -311,7 +383,7 @@ cdef int _converse(worker *w, builder build, message *reply) noexcept nogil:
     w.phase = PHASE_BUILD
     w.begun = w.executed = False
     w.attempts = 0
-    w.give_up_us = 0
+    w.suspect_us = 0
     w.sequence += 1
     w.asked_us = now_us()
     while status == 0:
@@ -327,11 +399,21 @@ cdef int ask(worker *w, builder build, bint repeatable, message *reply) noexcept
     """Send what `build` makes for the kernel's request, and wait for the reply.
 
     1: it is in `reply`, to be handed on, or undone if worker.answered is set. -errno: there is none, and the kernel is
-    to be told so unless worker.answered is set.
+    to be told so unless worker.answered is set. That is also set if the request was put off.
     """
+    cdef int status
     w.own = False
     w.repeatable = repeatable
-    return _converse(w, build, reply)
+    status = _converse(w, build, reply)
+    while status == 1 and reply.head.error == ERROR_DELAYED:
+        if w.answered and not _has_to_arrive(w) or put_off(w):
+            w.answered = True
+            return -EINTR
+        hand_over(w)
+        _sleep_unconnected(w, SLICE_US)     # too many wait already: this one waits here
+        _see_to_caller(w, now_us())
+        status = -ENODEV if load_int(&w.mount.stopping) else _converse(w, build, reply)
+    return status
 
 
 cdef void ask_for_ourselves(worker *w, builder build) noexcept nogil:

@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING
 
 from qtfs_client.connection import Engine, HandshakeError, encode
 from qtfs_client.drivers import MountError
-from qtfs_client.drivers.mounting import FuseMount, detach, node_of
-from qtfs_client.mountpoint import PROC
+from qtfs_client.drivers.mounting import node_of
+from qtfs_client.mountpoint import PROC, detach, mount_id
 from qtfs_client.options import MountOptions
 from qtfs_client.remote_host import RemoteHost
 from qtfs_common import mountinfo, remote_calls
@@ -90,17 +90,6 @@ def _raise_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _local_id(path: str) -> int:
-    """The number in our mountinfo of what is mounted on a path. Nobody is asked but the kernel: proc_pid_fdinfo(5)."""
-    fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
-    try:
-        with open(os.open(f"self/fdinfo/{fd}", os.O_RDONLY, dir_fd=PROC)) as info:
-            (line,) = (line for line in info if line.startswith("mnt_id:"))
-        return int(line.split()[1])
-    finally:
-        os.close(fd)
-
-
 class Follower:
     """The thread and its children. What begins with an underscore belongs to the thread."""
 
@@ -134,10 +123,9 @@ class Follower:
             if not thread.is_alive():
                 os.close(self._bell)
 
-    def attached(self) -> list[FuseMount]:
-        """The children that somebody has used, for any thread."""
-        used = [child.driver.attached for child in list(self._children.values()) if child.thread is not None]
-        return [attached for attached in used if attached is not None]
+    def used(self) -> list[str]:
+        """Mount points of the children that somebody has used, for any thread."""
+        return [child.path for child in list(self._children.values()) if child.thread is not None]
 
     # ---------------------------------------------------------------------------------------------------- the thread
 
@@ -173,6 +161,7 @@ class Follower:
         self._bury_ended()
         if self._due_s is not None and time.monotonic() >= self._due_s:
             self._due_s = None
+            self._listen_again()
             self._compare()
 
     def _take(self, fd: int, events: int) -> None:
@@ -288,10 +277,11 @@ class Follower:
             source=os.path.join(self._options.source, relative),
             mountpoint=os.path.join(self._options.mountpoint, relative),
         )
-        self._attempts[key] = self._attempts.get(key, 0) + 1
         for child in list(self._children.values()):
-            if child.thread is None and _is_below(record.path, child.record.path):
-                self._wake(child)  # the way leads through it, and nobody but this thread could
+            # The way leads through it, and nobody but this thread could wake it.
+            if child.thread is None and _is_below(record.path, child.record.path) and not self._wake(child):
+                return
+        self._attempts[key] = self._attempts.get(key, 0) + 1
         try:
             self._look_up_again(record.path, options.mountpoint)
             if not stat.S_ISDIR(os.stat(options.mountpoint).st_mode):
@@ -327,25 +317,38 @@ class Follower:
 
     def _mounted(self, record: MountRecord, options: MountOptions) -> _Child:
         """A session on one of the server's mounts, mounted. Raises QtfsError, OSError."""
-        slots = min(options.channels, self._main.ticket.slots)
         interruptions = self._main.interruptions
         session = self._engine.mount(
-            options.source, read_only=options.read_only, slots=slots, watch=True, let_go=True
+            options.source, read_only=options.read_only, slots=options.channels, watch=True, let_go=True
         )
         driver = type(self._main)(options, self._engine, *session, is_child=True)
         try:
             driver.mount()
-            return _Child(record, options.mountpoint, driver, _local_id(options.mountpoint), interruptions)
+            return _Child(record, options.mountpoint, driver, mount_id(options.mountpoint), interruptions)
         except BaseException:
             driver.close()
             raise
 
-    def _wake(self, child: _Child) -> None:
-        """Start the threads of a child that the kernel has asked something."""
+    def _wake(self, child: _Child) -> bool:
+        """Start the threads of a child that the kernel has asked something; False: not now, but soon."""
         self._deafen(child.driver.mounted.device_fd)
-        child.thread = threading.Thread(target=self._serve, args=(child,), daemon=True)
+        thread = threading.Thread(target=self._serve, args=(child,), daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            log.warning("%s: %s", child.path, error)
+            self._due_s = self._due_s or time.monotonic() + _RETRY_S
+            return False
+        child.thread = thread
         self._listen(child.driver.mounted.changes_fd, child)
-        child.thread.start()
+        return True
+
+    def _listen_again(self) -> None:
+        """To children that got no thread: what the kernel asked of them is still there."""
+        for child in self._children.values():
+            device = child.driver.mounted.device_fd
+            if child.thread is None and device not in self._sources:
+                self._listen(device, child)
 
     def _serve(self, child: _Child) -> None:
         """A child's own thread, to its end."""
@@ -372,8 +375,17 @@ class Follower:
             child.driver.end()
         if removed:
             self._closing = [thread for thread in self._closing if thread.is_alive()]
-            self._closing.append(threading.Thread(target=_close, args=(removed,), daemon=True))
-            self._closing[-1].start()
+            self._close(removed)
+
+    def _close(self, children: list[_Child]) -> None:
+        """In a thread of its own, if the system grants one: the server may take its time."""
+        thread = threading.Thread(target=_end_sessions, args=(children,), daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:
+            _end_sessions(children)
+        else:
+            self._closing.append(thread)
 
 
 def _is_below(path: bytes, directory: bytes) -> bool:
@@ -384,12 +396,12 @@ def _is_below(path: bytes, directory: bytes) -> bool:
 def _take_away(child: _Child) -> None:
     """Unmount a child if it is still there. The way to it may have led the kernel to do so."""
     with contextlib.suppress(OSError):
-        if _local_id(child.path) == child.local_id:
+        if mount_id(child.path) == child.local_id:
             detach(child.path)
 
 
-def _close(children: list[_Child]) -> None:
-    """End the sessions of children that were taken away. The server may take its time."""
+def _end_sessions(children: list[_Child]) -> None:
+    """Of children that were taken away."""
     for child in children:
         if child.thread is not None:
             child.thread.join(_JOIN_S)

@@ -1,7 +1,7 @@
 """Nodes that special rules are about, and those that the kernel forgot."""
 from libc.stdint cimport uint32_t, uint64_t
 
-from qtfs_client.drivers.fuse3.special cimport special_state
+from qtfs_client.drivers.fuse3.special_state cimport special_state
 
 cdef struct standing:               # what is known of a node
     uint32_t vertex

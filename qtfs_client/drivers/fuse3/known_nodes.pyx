@@ -2,7 +2,7 @@
 from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 
-from qtfs_client.drivers.fuse3.special cimport known_node, special_state
+from qtfs_client.drivers.fuse3.special_state cimport known_node, special_state
 from qtfs_client.includes.linux cimport pthread_mutex_lock, pthread_mutex_unlock
 from qtfs_common.protocol cimport ROOT_NODE
 

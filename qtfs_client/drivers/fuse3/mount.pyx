@@ -1,7 +1,7 @@
 """`Mount`: the state of one mount as Python sees it. What is per-request is not here."""
 from libc.errno cimport EPROTONOSUPPORT
-from libc.stdint cimport int64_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memset
 
 from qtfs_client.drivers.fuse3.callers cimport callers_can_be_seen
@@ -9,18 +9,22 @@ from qtfs_client.drivers.fuse3.device cimport clone_device, expire_name, negotia
 from qtfs_client.drivers.fuse3.events cimport watch
 from qtfs_client.drivers.fuse3.exchange cimport stop
 from qtfs_client.drivers.fuse3.special cimport SpecialRules
-from qtfs_client.drivers.fuse3.state cimport BUFFER_BYTES, CACHE_ALWAYS, CACHE_AUTO, CACHE_NONE, LINK_LOST, \
-    LINK_READY, LINK_UP, REQUEST_PAYLOAD, line, mount_change, mount_state, pending_request, worker
+from qtfs_client.drivers.fuse3.state cimport BUFFER_BYTES, CACHE_ALWAYS, CACHE_AUTO, CACHE_NONE, FORGETS_AT_ONCE, \
+    LINK_LOST, LINK_READY, LINK_UP, REQUEST_PAYLOAD, line, mount_change, mount_state, pending_request, waiting, \
+    worker
 from qtfs_client.drivers.fuse3.waits cimport free_waits
 from qtfs_client.drivers.fuse3.workers cimport work
 from qtfs_client.includes.fuse_abi cimport fuse_in_header, fuse_write_in
-from qtfs_client.includes.linux cimport EFD_CLOEXEC, EFD_NONBLOCK, POLLIN, close, eventfd, \
-    eventfd_write, load_int, poll, pollfd, posix_memalign, pthread_mutex_destroy, pthread_mutex_init, \
-    pthread_mutex_lock, pthread_mutex_unlock, store_int
-from qtfs_common.protocol cimport MAX_SLOTS
-from qtfs_common.transport cimport Connection, now_us
+from qtfs_client.includes.linux cimport close, load_int, load_u64, posix_memalign, pthread_mutex_destroy, \
+    pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, store_int
+from qtfs_common.includes.polling cimport EFD_CLOEXEC, EFD_NONBLOCK, EPOLL_CLOEXEC, POLLIN, epoll_create1, eventfd, \
+    eventfd_write, poll, pollfd
+from qtfs_common.protocol cimport MAX_SLOTS, forget_item
+from qtfs_common.transport cimport Connection
 
 import os
+
+from qtfs_client.drivers.mounting import close_under
 
 cdef enum:
     PAGE_BYTES = 4096
@@ -33,19 +37,25 @@ EVENT_LINE = -1
 
 
 cdef worker *_worker_new(mount_state *m, uint32_t slot) noexcept:
-    """A worker with its buffers, or NULL. Pages of the buffers that are never used cost nothing."""
+    """A worker with its buffers, or NULL. Pages of the buffers that are never used cost nothing.
+
+    The first two, which hold all but data, are there from the start: the kernel would find them for a request that it
+    hands over, but not for a process that is being killed, and the caller would get EIO instead of ECONNABORTED
+    (fuse_dev_do_read in fs/fuse/dev.c, __get_user_pages in mm/gup.c).
+    """
     cdef worker *w = <worker *>calloc(1, sizeof(worker))
     if w == NULL:
         return NULL
     w.mount = m
     w.slot = slot
-    w.spin_credit = 1
+    w.spin_credit = w.look_credit = 1
     w.link.wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
-    if w.link.wake_fd < 0 or posix_memalign(<void **>&w.memory, PAGE_BYTES, BUFFER_BYTES + PAGE_BYTES) != 0:
+    w.forgotten = <forget_item *>malloc(FORGETS_AT_ONCE * sizeof(forget_item))
+    if w.link.wake_fd < 0 or w.forgotten == NULL or posix_memalign(<void **>&w.memory, PAGE_BYTES, BUFFER_BYTES + PAGE_BYTES) != 0:
         _worker_free(w)
         return NULL
     w.buffer = w.memory + PAGE_BYTES - sizeof(fuse_in_header) - sizeof(fuse_write_in)
-    memset(w.buffer, 0, sizeof(fuse_in_header))
+    memset(w.buffer, 0, PAGE_BYTES)
     w.request = <fuse_in_header *>w.buffer
     w.argument = w.buffer + sizeof(fuse_in_header)
     return w
@@ -54,44 +64,82 @@ cdef worker *_worker_new(mount_state *m, uint32_t slot) noexcept:
 cdef void _worker_free(worker *w) noexcept:
     if w.link.wake_fd >= 0:
         close(w.link.wake_fd)
+    free(w.forgotten)
     free(w.memory)
     free(w)
+
+
+cdef struct mount_figures:          # as doc/control.md has them
+    uint64_t workers
+    uint64_t requests
+    uint64_t lookups
+    uint64_t forgotten
+    uint64_t forgets_unsent
+    uint64_t invalidations
+    uint64_t pending
+    uint64_t waits
+    uint64_t orphans
+
+
+cdef void _look(mount_state *m, mount_figures *out) noexcept nogil:
+    """Without the GIL: whoever holds it may wait for the guard."""
+    cdef waiting *wait
+    cdef uint32_t i
+    memset(out, 0, sizeof(out[0]))
+    out.invalidations = load_u64(&m.invalidations)
+    pthread_mutex_lock(&m.guard)
+    out.workers = m.worker_count
+    for i in range(m.worker_count):
+        out.requests += m.workers[i].requests
+        out.lookups += m.workers[i].lookups
+    out.forgotten = m.forgotten
+    out.forgets_unsent = m.forget_count
+    out.pending = m.pending_count
+    wait = m.waits
+    while wait != NULL:
+        out.waits += 1
+        out.orphans += wait.orphan
+        wait = wait.next
+    pthread_mutex_unlock(&m.guard)
 
 
 cdef class Mount:
     """Serves the requests of a FUSE device. Every thread that runs in it must have returned before it is dropped."""
     cdef mount_state m
     cdef SpecialRules rules
+    cdef object __weakref__
     cdef dict connections               # slot or EVENT_LINE: Connection; they own what the lines point to
 
     def __cinit__(self):
         memset(&self.m, 0, sizeof(self.m))
         self.m.device = self.m.triage_device = -1
-        self.m.event_fd = self.m.manager_fd = self.m.changes_fd = -1
+        self.m.event_fd = self.m.manager_fd = self.m.changes_fd = self.m.bell = -1
         self.m.pending_end = &self.m.pending
         self.m.changes_end = &self.m.changes
         self.m.event.link = LINK_LOST
         pthread_mutex_init(&self.m.guard, NULL)
 
-    def __init__(self, int device, *, str cache="auto", int channels=16, double timeout_s=30.0, int spin_us=200,
-                 uint32_t max_payload=REQUEST_PAYLOAD, bint neighbour=False, owner: int | None = None,
-                 bint special_remote=True, SpecialRules rules=None):
+    def __init__(self, int device, *, str cache="auto", int channels=16, int spare_channels=0, double timeout_s=30.0,
+                 int spin_us=200, uint32_t max_payload=REQUEST_PAYLOAD, bint neighbour=False, owner: int | None = None,
+                 bint special_remote=True, bint polls=True, SpecialRules rules=None):
         """Take over a mounted /dev/fuse descriptor.
 
+        `spare_channels`: how many more there may be while the others hang.
         `max_payload`: bytes of the longest READ or WRITE. `neighbour`: the engine runs on this machine.
         `owner`: the only user besides root who is let in.
-        `special_remote`: FIFOs and devices are opened on the server, where the kernel tells who wants to open. `rules`:
-        for what lies below the source, of this mount alone.
+        `special_remote`: FIFOs and devices are opened on the server, where the kernel tells who wants to open. `polls`:
+        the kernel may ask what is ready. `rules`: for what lies below the source, of this mount alone.
         """
         self.connections = {}
         self.rules = rules
         if rules is not None:
-            rules.attach(&self.m)
+            rules.attach(&self.m, self)
         self.m.device = device
         self.m.cache = _CACHES[cache]
         self.m.name_valid_s = {"none": 0, "auto": 1, "always": DAY_S}[cache]
         self.m.absent_valid_s = DAY_S if cache == "always" else 0
         self.m.worker_limit = min(channels, MAX_SLOTS)
+        self.m.most_workers = min(channels + spare_channels, MAX_SLOTS)
         self.m.timeout_us = <int64_t>(timeout_s * 1e6)
         self.m.spin_us = spin_us
         self.m.max_payload = min(max_payload, <uint32_t>REQUEST_PAYLOAD)
@@ -99,26 +147,33 @@ cdef class Mount:
         self.m.deny_others = owner is not None
         self.m.owner = owner or 0
         self.m.special_remote = special_remote and callers_can_be_seen()
-        self.m.heard_us = now_us()
+        self.m.polls = polls
         self.m.event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
         self.m.manager_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
         self.m.changes_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
-        if min(self.m.event_fd, self.m.manager_fd, self.m.changes_fd) < 0:
+        self.m.bell = epoll_create1(EPOLL_CLOEXEC)
+        if min(self.m.event_fd, self.m.manager_fd, self.m.changes_fd, self.m.bell) < 0:
             raise OSError("no descriptors are left")
+        self.m.triage_buffer = <uint8_t *>malloc(BUFFER_BYTES)
+        if self.m.triage_buffer == NULL:
+            raise MemoryError
 
     def __dealloc__(self):
         self._free_lists()
         for slot in range(self.m.worker_count):
             _worker_free(self.m.workers[slot])
-        for fd in (self.m.device, self.m.triage_device, self.m.event_fd, self.m.manager_fd,
-                   self.m.changes_fd):
+        free(self.m.triage_buffer)
+        for fd in (self.m.device, self.m.triage_device, self.m.event_fd, self.m.manager_fd, self.m.changes_fd,
+                   self.m.bell):
             if fd >= 0:
                 close(fd)
         pthread_mutex_destroy(&self.m.guard)
 
     cdef void _free_lists(self) noexcept:
-        cdef pending_request *pending = self.m.pending
+        cdef pending_request *pending
         cdef mount_change *change = self.m.changes
+        self.m.pending_end[0] = self.m.delayed
+        pending = self.m.pending
         while pending != NULL:
             self.m.pending = pending.next
             free(pending)
@@ -178,8 +233,8 @@ cdef class Mount:
         pthread_mutex_unlock(&self.m.guard)
         return slot
 
-    def deliver(self, int slot, Connection connection not None, uint32_t epoch, uint64_t last_sequence) -> None:
-        """Replace the lost channel of a slot, or of EVENT_LINE."""
+    def deliver(self, int slot, Connection connection not None, uint32_t epoch, uint64_t last_sequence) -> bool:
+        """Replace the lost channel of a slot, or of EVENT_LINE; False if that had none before."""
         cdef line *link = self._line(slot)
         old = self.connections.get(slot)
         link.fresh = &connection.ch
@@ -190,6 +245,7 @@ cdef class Mount:
         eventfd_write(self.m.event_fd if slot == EVENT_LINE else link.wake_fd, 1)
         if old is not None:
             old.close()
+        return old is not None
 
     def lost(self) -> list[int]:
         """Slots whose channels broke, and EVENT_LINE, which comes first."""
@@ -249,6 +305,13 @@ cdef class Mount:
         """Whether the mount has ended."""
         return load_int(&self.m.stopping) != 0
 
+    def figures(self) -> dict[str, int]:
+        """Counters since the start, and what waits now: see doc/control.md."""
+        cdef mount_figures found
+        with nogil:
+            _look(&self.m, &found)
+        return found
+
     # ---- the server's mounts ----
 
     @property
@@ -292,6 +355,12 @@ cdef class Mount:
         cdef size_t name_bytes = len(name)
         with nogil:
             expire_name(&self.m, directory, text, name_bytes)
+
+    def disconnect(self) -> None:
+        """Give the device up, once no thread serves it: whoever waits for it in the kernel gets ECONNABORTED."""
+        for fd in (self.m.device, self.m.triage_device):
+            if fd >= 0:
+                close_under(fd)
 
     # ---- threads ----
 

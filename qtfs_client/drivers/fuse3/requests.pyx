@@ -9,7 +9,7 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
 from qtfs_client.drivers.fuse3.callers cimport caller_groups
-from qtfs_client.drivers.fuse3.state cimport FORGETS_AT_ONCE, PHASE_BUILD, builder, mount_state, worker
+from qtfs_client.drivers.fuse3.state cimport FORGETS_AT_ONCE, builder, mount_state, worker
 from qtfs_client.includes.fuse_abi cimport *
 from qtfs_client.includes.linux cimport O_APPEND, O_DIRECT, O_DIRECTORY, O_NOFOLLOW, O_NONBLOCK, pthread_mutex_lock, \
     pthread_mutex_unlock, strnlen
@@ -619,25 +619,31 @@ cdef int build_try_lock(worker *w) noexcept nogil:
 
 # ---- forgets -------------------------------------------------------------------------------------------------------
 
-cdef int build_forgets(worker *w) noexcept nogil:
-    """Take up to FORGETS_AT_ONCE of the mount's forgets into one message. 0; -EINVAL: there are none.
-
-    Called again after a broken connection it sends what is queued then; what the first message carried may be lost,
-    and the server keeps those nodes until the session ends or its own bounds make it put them aside.
-    """
+cdef void _take_forgets(worker *w) noexcept nogil:
+    """Take up to FORGETS_AT_ONCE of the mount's forgets."""
     cdef mount_state *m = w.mount
-    cdef size_t count
-    cdef uint8_t *body
-    if w.executed:
-        return -EINVAL                  # they arrived; nothing in the reply is of interest
     pthread_mutex_lock(&m.guard)
-    count = min(m.forget_count, <size_t>FORGETS_AT_ONCE)
-    body = begin(w, OP_FORGET, count * sizeof(forget_item), False, 0) if count > 0 else NULL
-    if body != NULL:
-        m.forget_count -= count
-        memcpy(body, m.forgets + m.forget_count, count * sizeof(forget_item))
+    w.forgotten_count = min(m.forget_count, <size_t>FORGETS_AT_ONCE)
+    m.forget_count -= w.forgotten_count
+    memcpy(w.forgotten, m.forgets + m.forget_count, w.forgotten_count * sizeof(forget_item))
     pthread_mutex_unlock(&m.guard)
-    return 0 if body != NULL else -EINVAL
+
+
+cdef int build_forgets(worker *w) noexcept nogil:
+    """A message of forgets, the same ones on a fresh channel. 0; -EINVAL: there are none; -EIO: it does not fit.
+
+    Also if the server has accepted their number: it may have found the message malformed, and done nothing.
+    """
+    cdef uint8_t *body
+    if w.forgotten_count == 0:
+        _take_forgets(w)
+    if w.forgotten_count == 0:
+        return -EINVAL
+    body = begin(w, OP_FORGET, w.forgotten_count * sizeof(forget_item), False, 0)
+    if body == NULL:
+        return -EIO
+    memcpy(body, w.forgotten, w.forgotten_count * sizeof(forget_item))
+    return 0
 
 
 # ---- table ---------------------------------------------------------------------------------------------------------

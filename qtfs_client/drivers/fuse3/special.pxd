@@ -1,64 +1,10 @@
-"""Special rules on the path of a request: who asks, and what they are kept in."""
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
-
+"""Special rules on the path of a request."""
+from qtfs_client.drivers.fuse3.made_nodes cimport MadeNodes
 from qtfs_client.drivers.fuse3.state cimport mount_state, worker
-from qtfs_client.includes.linux cimport pthread_mutex_t
-from qtfs_common.tries cimport trie
-
-cdef struct special_rule:
-    int action                      # DO_*
-    bint named                      # {name} is asked for, or its process
-    char *target                    # DO_LINK
-    char *commands                  # each with its NUL, an empty one at the end; NULL: whatever the process is called
-
-cdef struct special_vertex:         # of the trie
-    uint32_t first_rule             # in special_state.order: the rules of its path, the last one of the file first
-    uint32_t rule_count
-    bint leads                      # rules are for what lies below
-
-cdef struct known_node:             # a node whose children rules are for, or that is read-only
-    known_node *next
-    uint64_t id
-    uint64_t lookups                # of those that the kernel holds
-    uint32_t vertex
-    bint read_only
-
-cdef struct production:             # an OPEN that waits for its content
-    production *next
-    uint64_t unique
-    int device
-    uint32_t pid
-
-cdef struct made_file:              # an open file whose content we have
-    uint8_t *data                   # NULL: free
-    size_t size
-
-cdef struct special_state:
-    void *owner                     # SpecialRules, which outlives the mount
-    trie *paths                     # relative to the source
-    special_vertex *vertices
-    special_rule *rules
-    uint32_t rules_count
-    uint32_t *order
-    bint read_only_root
-    pthread_mutex_t guard           # of all below; taken alone
-    known_node **buckets
-    uint32_t bucket_mask
-    uint32_t known_count
-    production *productions
-    made_file *files
-    uint32_t file_room
 
 cdef bint serve_special(worker *w) noexcept nogil
-cdef bint interrupt_special(mount_state *m, uint64_t target) noexcept nogil
 
-cdef class SpecialRules:
-    cdef special_state s
-    cdef object rules
-    cdef list names                 # by number: what {name} stands for, where that is no number itself
-    cdef dict numbers               # the other way round
-    cdef object _running
+cdef class SpecialRules(MadeNodes):
     cdef int _fill_rules(self) except -1
     cdef int _fill_vertices(self, list rows) except -1
-    cdef int _answer(self, int device, uint64_t unique, int error, bytes found) except -1
-    cdef void attach(self, mount_state *m) noexcept
+    cdef void attach(self, mount_state *m, object mount)

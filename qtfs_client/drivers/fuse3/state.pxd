@@ -14,7 +14,7 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from qtfs_client.includes.fuse_abi cimport fuse_in_header
 from qtfs_client.includes.linux cimport pthread_mutex_t
-from qtfs_common.protocol cimport MAX_SLOTS, forget_item
+from qtfs_common.protocol cimport MAX_SLOTS, attributes_reply, forget_item, statfs_reply
 from qtfs_common.spinning cimport spinner
 from qtfs_common.transport cimport channel, message
 
@@ -23,10 +23,14 @@ cdef enum:
     BACKLOG = 8                     # requests found waiting one after the other: one worker is not enough, if there are processors
     REQUEST_PAYLOAD = 1 << 20       # largest WRITE and READ that INIT offers
     BUFFER_BYTES = REQUEST_PAYLOAD + 8192
+    CAUGHT_SIGNAL_US = 2000000      # how long a caller that caught a signal still waits for success
+    MEMORY_US = 2000000             # how long GETATTR and STATFS of the root wait if their last answer is known
     PENDING_REQUESTS = 4096         # set aside while all workers are busy
     PENDING_BYTES = 64 << 20
     FORGETS_AT_ONCE = 2048          # in one FORGET message
     MAX_CHANGES = 1024              # MOUNTS_CHANGED kept; what comes beyond them would wait for the same
+    MAX_CHANGE_BYTES = 65536        # of one; a longer one is kept without its names
+    HANDLE_POLLABLE = 2             # bit of a handle: POLL has something to say
     MAX_FORGETS = 1 << 20           # kept for sending; more are dropped, and the server's LRU has to do
 
 cdef enum cache_mode:
@@ -99,8 +103,11 @@ cdef struct worker:
     detour detour
     uint64_t current                # atomic: its unique while an INTERRUPT can find it here, else 0
     uint64_t interrupted            # atomic: the unique that an INTERRUPT named last
-    int64_t give_up_us              # when an interrupted request is answered EINTR; 0: not interrupted
-    bint answered                   # the kernel has its answer; what still comes from the server is undone
+    int64_t since_us                # when it was read
+    int64_t interrupted_us          # when that was first seen to be named by an INTERRUPT; 0: it is not
+    bint answered                   # the kernel has its answer, or somebody else has the request; what still comes from
+                                    # the server is undone
+    int64_t delay_us                # how long it was put off last; 0: never
     # the message to the server
     int phase
     uint64_t sequence
@@ -120,17 +127,30 @@ cdef struct worker:
     uint64_t undo_handle            # what build_undo_release sends
     bint undo_directory
     int32_t breaks_seen             # mount_state.breaks when the channel was last found whole
+    int32_t renewals_seen           # mount_state.renewals when something last came over it
+    int64_t suspect_us              # since when the reply has been awaited over a channel that may be dead; 0: it is not
+    forget_item *forgotten          # what a FORGET under way gives back; room for FORGETS_AT_ONCE
+    size_t forgotten_count
     bint serving                    # counted in mount_state.serving
     bint owes                       # nobody has read the device since it took its request
     int backlog                     # how many requests in a row were there before it asked for one
+    # figures, for whoever asks; nobody else writes them
+    uint64_t requests               # that it was given by the kernel
+    uint64_t lookups                # that the server granted in replies to it
     # spinning
     spinner spinner
     int spin_credit
     uint32_t spin_count
+    spinner looker                  # of looking for requests; spinner is of looking for replies
+    int look_credit
+    uint32_t look_count
 
-cdef struct pending_request:        # read while all workers were busy; the bytes follow
+cdef struct pending_request:        # read while all workers were busy, or put off (delayed.pyx); the bytes follow
     pending_request *next
     size_t size
+    int device                      # the descriptor it was read from, which takes the reply
+    int64_t delay_us                # how long it was put off last; 0: never
+    int64_t due_us                  # when it is to be tried again
     int64_t since_us
     int64_t interrupted_us          # 0: not
     bint answered                   # the kernel has its answer, but the server has still to be told
@@ -169,6 +189,7 @@ cdef struct mount_state:
     bint deny_others                # allow_root: only `owner` and root
     uint32_t owner
     bint special_remote             # opening a FIFO or device of the server opens it there
+    bint polls                      # the kernel may ask what is ready
     int64_t timeout_us              # 0: wait for ever
     int64_t spin_us
     uint32_t max_payload            # of READ and WRITE, bytes
@@ -183,13 +204,18 @@ cdef struct mount_state:
     int32_t posix_locks             # a POSIX lock was asked for, ever
     int32_t releases                # RELEASEs under way
     int32_t breaks                  # how often the event channel broke
-    int64_t heard_us                # when the event channel last brought something
+    int32_t renewals                # how often it was replaced because nothing came over it
+    int32_t overdue                 # a process that ends did not wait for its close(2), and no reply has come since
+    int32_t overdue_pid             # which it was last: it does not wait for its other files either
+    int64_t silent_us               # how long the event channel has brought nothing, as far as we were running ourselves
+    uint64_t invalidations          # notifications that make the kernel ask again
     uint64_t last_polled            # the highest fuse_poll_in.kh that asked for a notification
     # under guard
     pthread_mutex_t guard
     worker *workers[MAX_SLOTS]
     uint32_t worker_count           # running or being started
     uint32_t worker_limit
+    uint32_t most_workers           # if the others hang
     uint32_t idle                   # in read(/dev/fuse), or about to be
     uint32_t serving                # with a request in hand
     uint32_t coming                 # woken: they will be idle soon
@@ -198,12 +224,18 @@ cdef struct mount_state:
     bint saturated                  # the event thread was told that nobody is idle
     pending_request *pending
     pending_request **pending_end
+    pending_request *delayed        # put off; counted with the others
     size_t pending_count
     size_t pending_bytes
     forget_item *forgets
     size_t forget_count             # atomic too, as a hint
     size_t forget_room
+    uint64_t forgotten              # lookups that were queued to be given back to the server, ever
     waiting *waits
+    bint has_statfs                 # what the server last said of the root
+    bint has_attributes
+    statfs_reply statfs
+    attributes_reply attributes
     mount_change *changes           # not looked at yet, the oldest first
     mount_change **changes_end
     size_t change_count
@@ -213,4 +245,10 @@ cdef struct mount_state:
     uint32_t event_unconfirmed      # messages since we last told the server how far we are
     bint event_flushing
     int64_t pinged_us
+    uint64_t waited_for             # a mark of what all workers wait for; 0: not all do
+    int64_t waiting_since_us
     int64_t unanswered_us           # the first PING since the server was last heard; 0: none
+    int bell                        # an epoll descriptor: event_fd, and the device while it triages
+    uint8_t *triage_buffer          # BUFFER_BYTES
+    uint64_t next_told              # fuse_poll_in.kh that is to be told next to ask again; 0: none
+    bint dead                       # the event channel was given up because nothing came

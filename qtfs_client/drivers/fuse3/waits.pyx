@@ -14,13 +14,14 @@ from libc.string cimport memcpy, memset
 
 from qtfs_client.drivers.fuse3.callers cimport fatal_signal_pending, kill_by_broken_pipe, signal_wants_out
 from qtfs_client.drivers.fuse3.device cimport write_reply
+from qtfs_client.drivers.fuse3.exchange cimport is_given_up
 from qtfs_client.drivers.fuse3.replies cimport open_flags
-from qtfs_client.drivers.fuse3.state cimport PHASE_BUILD, builder, mount_state, waiting, worker
-from qtfs_client.includes.fuse_abi cimport fuse_in_header, fuse_open_out, fuse_read_in, fuse_write_out
-from qtfs_client.includes.linux cimport eventfd_write, load_i64, load_int, load_u64, pthread_mutex_lock, \
-    pthread_mutex_unlock, store_u64
-from qtfs_common.protocol cimport EVENT_SLOT, OP_CANCEL, OP_OPEN, OP_READ, OP_RELEASE, OP_SETLKW, OP_WRITE, caller, \
-    count_reply, groups_bytes, header, lock_request, open_reply, release_request, write_request
+from qtfs_client.drivers.fuse3.state cimport builder, mount_state, waiting, worker
+from qtfs_client.includes.fuse_abi cimport fuse_open_out, fuse_read_in, fuse_write_out
+from qtfs_client.includes.linux cimport load_int, load_u64, pthread_mutex_lock, pthread_mutex_unlock, store_u64
+from qtfs_common.includes.polling cimport eventfd_write
+from qtfs_common.protocol cimport EVENT_SLOT, OP_OPEN, OP_READ, OP_RELEASE, OP_SETLKW, OP_WRITE, caller, count_reply, \
+    groups_bytes, header, lock_request, open_reply, release_request, write_request
 from qtfs_common.transport cimport message, now_us
 
 cdef enum:
@@ -125,7 +126,7 @@ cdef int _answer_open(mount_state *m, waiting *wait, const message *got) noexcep
     if got.body_bytes != sizeof(open_reply):
         return _answer_error(wait, EIO)
     out.fh = (<open_reply *>got.body).handle
-    out.open_flags = open_flags(m, <open_reply *>got.body)
+    out.open_flags = open_flags(m, <open_reply *>got.body, 0)
     out.padding = 0
     return write_reply(wait.device, wait.request.unique, 0, &out, sizeof(out), NULL, 0)
 
@@ -249,8 +250,7 @@ cdef void ask_again(mount_state *m, bint same_session) noexcept nogil:
 
 cdef int _is_over(mount_state *m, waiting *wait, int64_t now) noexcept nogil:
     """The errno that a wait is to end with although the server has not answered; 0: it goes on."""
-    if load_int(&m.down) or (m.timeout_us > 0 and now - wait.since_us > m.timeout_us and
-                             now - load_i64(&m.heard_us) > m.timeout_us):
+    if load_int(&m.down) or is_given_up(m, wait.since_us, now):
         return EIO
     if wait.interrupted and fatal_signal_pending(wait.request.pid):
         return EINTR

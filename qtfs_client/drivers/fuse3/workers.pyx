@@ -1,12 +1,12 @@
 """The workers' loop: who reads the device, who parks, and who is woken.
 
-One worker waits in read(/dev/fuse). Most replies come while it still looks for them, so it reads the next request itself,
-and the engine's worker at the other end of its channel stays awake too. It *owes* the mount a reader meanwhile, and wakes
-another one when it is going to sleep, when its reply is late, or when requests pile up. The worker that parked last (its
-cache is warmest) is woken first.
+One worker reads /dev/fuse, first without sleeping: the caller would pay for waking it. It reads the next request itself
+when it has its reply, so the engine's worker at the other end of its channel stays awake too. It *owes* the mount a reader
+meanwhile, and wakes another one when the next request comes before its reply, when that takes long, or when requests pile
+up. The worker that parked last (its cache is warmest) is woken first.
 """
-from libc.errno cimport EAGAIN, EINTR, EIO, ENODEV, ENOENT, errno
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint64_t
+from libc.errno cimport EAGAIN, EINTR, ENOENT, errno
+from libc.stdint cimport int64_t
 from libc.stdlib cimport free
 from libc.string cimport memcpy
 
@@ -15,12 +15,15 @@ from qtfs_client.drivers.fuse3.exchange cimport drain, is_quiet, stop, wake_anot
 from qtfs_client.drivers.fuse3.state cimport BACKLOG, BUFFER_BYTES, FORGETS_AT_ONCE, LINK_UP, MAX_IDLE, mount_state, \
     pending_request, worker
 from qtfs_client.includes.fuse_abi cimport fuse_in_header
-from qtfs_client.includes.linux cimport POLLIN, load_int, poll, pollfd, pthread_mutex_lock, \
-    pthread_mutex_unlock, read, store_u64
+from qtfs_client.includes.linux cimport load_int, pthread_mutex_lock, pthread_mutex_unlock, read, store_u64
+from qtfs_common.includes.polling cimport POLLIN, poll, pollfd
+from qtfs_common.spinning cimport SPIN_CAP_US, spin_begin, spin_turn
 from qtfs_common.transport cimport now_us
 
 cdef enum:
     WAS_THERE_US = 5                # a read that takes less found a request waiting
+    LOOK_CREDIT = 8                 # looks that may fail in a row before they are taken for useless
+    LOOK_RETRY = 64                 # requests until a useless look is tried again
 
 cdef enum turn:                     # what a worker does next
     TURN_READ                       # read the device
@@ -37,11 +40,15 @@ cdef void _take_pending_locked(worker *w) noexcept nogil:
     m.pending = pending.next
     if m.pending == NULL:
         m.pending_end = &m.pending
-    m.pending_count -= 1
-    m.pending_bytes -= pending.size
+    if not pending.answered:
+        m.pending_count -= 1
+        m.pending_bytes -= pending.size
     memcpy(w.buffer, pending + 1, pending.size)
-    w.device = m.triage_device
+    w.device = pending.device
     w.answered = pending.answered
+    w.delay_us = pending.delay_us
+    w.since_us = pending.since_us
+    w.interrupted_us = pending.interrupted_us
     store_u64(&w.current, w.request.unique)
     store_u64(&w.interrupted, w.request.unique if pending.interrupted_us > 0 else 0)
     free(pending)
@@ -101,19 +108,63 @@ cdef void _park(worker *w) noexcept nogil:
 
 # ---- reading -------------------------------------------------------------------------------------------------------
 
+cdef ssize_t _read_device(worker *w, int device) noexcept nogil:
+    """What read(2) brings into the buffer: its size or -errno."""
+    cdef ssize_t got = read(device, w.buffer, BUFFER_BYTES)
+    w.device = device
+    return got if got >= 0 else -errno
+
+
+cdef bint _looking_pays(worker *w, int64_t now) noexcept nogil:
+    """Whether to look for the next request without sleeping: it came soon lately, or it is time for a try."""
+    w.look_count += 1
+    if w.mount.spin_us == 0 or w.mount.triage_device < 0 or not spin_begin(&w.looker, now):
+        return False
+    if w.look_credit <= 0 and w.look_count % LOOK_RETRY == 0:
+        w.look_credit = 1
+    return w.look_credit > 0
+
+
+cdef ssize_t _look(worker *w, int64_t now) noexcept nogil:
+    """Look at the device again and again, for at most spin_us. The size of a request, -EAGAIN: none, or -errno.
+
+    Who sleeps in read(2) leaves a processor idle, and the caller pays for waking it.
+    """
+    cdef int64_t until = now + SPIN_CAP_US
+    cdef int device = w.mount.triage_device
+    cdef ssize_t got = -EAGAIN
+    while got == -EAGAIN and w.looker.spent_us < w.mount.spin_us and now < until:
+        got = _read_device(w, device)
+        if got == -EAGAIN:
+            now = spin_turn(&w.looker, now)
+    w.look_credit = w.look_credit - 1 if got == -EAGAIN else min(w.look_credit + 1, LOOK_CREDIT)
+    return got
+
+
+cdef ssize_t _next_request(worker *w) noexcept nogil:
+    """The next request into the buffer, however long it takes. Its size or -errno."""
+    cdef int64_t asked_us = now_us()
+    cdef ssize_t got = -EAGAIN
+    if _looking_pays(w, asked_us):
+        got = _look(w, asked_us)
+    if got == -EAGAIN:
+        got = _read_device(w, w.mount.device)
+    w.since_us = now_us()
+    w.interrupted_us = 0
+    w.backlog = w.backlog + 1 if w.since_us - asked_us < WAS_THERE_US else 0
+    return got
+
+
 cdef ssize_t _read(worker *w) noexcept nogil:
     """Read the device, as one of its idle readers. The size, 0 to try again, or -errno."""
     cdef mount_state *m = w.mount
-    cdef int64_t asked_us = now_us()
-    cdef ssize_t got = read(m.device, w.buffer, BUFFER_BYTES)
-    cdef int error = errno if got < 0 else 0
-    w.backlog = w.backlog + 1 if now_us() - asked_us < WAS_THERE_US else 0
+    cdef ssize_t got = _next_request(w)
     pthread_mutex_lock(&m.guard)
     m.idle -= 1
     w.owes = m.idle + m.coming == 0     # after an error too: forgets may go out before the next read
     if got > 0:
-        w.device = m.device
         w.answered = False
+        w.delay_us = 0
         store_u64(&w.current, w.request.unique)
         w.serving = True
         m.serving += 1
@@ -123,7 +174,7 @@ cdef ssize_t _read(worker *w) noexcept nogil:
             wake_another_locked(m)
     pthread_mutex_unlock(&m.guard)
     # ENOENT: the request was interrupted before we had it.
-    return got if error == 0 else 0 if error in (EINTR, EAGAIN, ENOENT) else -error
+    return 0 if got in (-EINTR, -EAGAIN, -ENOENT) else got
 
 
 cdef void _see_to_forgets(worker *w) noexcept nogil:

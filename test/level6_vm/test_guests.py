@@ -1,4 +1,8 @@
-"""A guest mounts a directory of this machine through a PCI BAR (ivshmem); the engine at its other end runs here."""
+"""In a virtual machine: a mount of a directory of this machine through a PCI BAR (ivshmem), whose engine runs here; and
+engine and client over AF_VSOCK, which hosts and containers that run tests seldom have.
+
+All in one file, so that no two guests are emulated at a time: each has its processor then.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +13,13 @@ from typing import Any
 
 import pytest
 from harness.engine_process import EngineProcess
-from harness.guest import Boot, Guest, GuestUnavailable, ivshmem
+from harness.guest import Boot, Guest, GuestUnavailable, find_kernel, ivshmem, run_in_guest
 from harness.waiting import wait_until
 
 HERE = Path(__file__).resolve().parent
 LEVEL3 = HERE.parent / "level3_mount"
-TIMEOUT_S = 170.0
+#: Alone they take 92 to 137 s; beside other tests, on slow processors, more than twice as much.
+TIMEOUT_S = 400.0
 BAR_BYTES = 64 << 20
 GRACE_S = 5
 
@@ -33,8 +38,7 @@ say "in use"
 await restarted
 [ "$(cat /mnt/auto/file)" = second ] || die "no content after the restart"
 [ "$(cat /mnt/none/file)" = second ] || die "no content after the restart, uncached"
-! cat <&3 >/dev/null 2>/run/guest/stale || die "the file that was open outlived its engine"
-grep -q 'Stale file handle' /run/guest/stale || die "$(cat /run/guest/stale)"
+cat <&3 >/dev/null || die "the file that was open did not outlive its engine"
 exec 3<&-
 echo written >/mnt/none/from-guest
 say "works again"
@@ -125,7 +129,7 @@ def test_conformance_over_a_bar(guest: Guest, server: EngineProcess, scenarios: 
 @pytest.mark.root
 @pytest.mark.timeout(2 * TIMEOUT_S)
 def test_restart_of_the_engine_and_reboot_of_the_guest(guest: Guest, server: EngineProcess) -> None:
-    """What was open is stale, the mounts go on; after a power cut the same BAR serves the next boot."""
+    """What was open goes on, and the mounts; after a power cut the same BAR serves the next boot."""
     (server.share / "file").write_text("first\n")
     with guest.booted(_script(server, RESTART)) as boot:
         _restart_under_use(server, boot)
@@ -134,3 +138,33 @@ def test_restart_of_the_engine_and_reboot_of_the_guest(guest: Guest, server: Eng
         boot.result(TIMEOUT_S).check()
     assert (server.share / "from-guest").read_text() == "rebooted\n"
     wait_until(server.is_idle, "the engine to let everything go", GRACE_S + 10)
+
+
+# ---- vsock
+
+
+@pytest.fixture
+def kernel() -> None:
+    try:
+        find_kernel()
+    except GuestUnavailable as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.mark.vm
+@pytest.mark.slow
+@pytest.mark.timeout(2 * TIMEOUT_S)
+def test_the_whole_job_over_vsock(kernel: None, tmp_path: Path) -> None:
+    """Started word for word as the README says: mounts, checks, git, a killed engine, the end."""
+    result = run_in_guest((HERE / "inside.sh").read_text(), tmp_path, TIMEOUT_S).check()
+    assert "0 failed" in result.output and "== done" in result.output
+    print(f"{result.seconds:.0f} s\n{result.output}")
+
+
+@pytest.mark.vm
+@pytest.mark.slow
+@pytest.mark.timeout(2 * TIMEOUT_S)
+def test_conformance_over_vsock(kernel: None, tmp_path: Path) -> None:
+    result = run_in_guest((HERE / "vsock.sh").read_text(), tmp_path, TIMEOUT_S).check()
+    assert " on auto: 0 differ" in result.output
+    print(f"{result.seconds:.0f} s\n{result.output}")

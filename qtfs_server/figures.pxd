@@ -1,0 +1,3 @@
+from qtfs_server.session cimport session
+
+cdef dict session_figures(session *s)

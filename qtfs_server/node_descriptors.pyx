@@ -152,6 +152,11 @@ cdef uint8_t *_means_to_revive(session *s, node *n, uint16_t *by_path) noexcept 
     return revive
 
 
+cdef bint _opened_meanwhile(session *s, const node *n) noexcept nogil:
+    """Whether a node keeps its descriptor after all: its file is open, and its mount may be hidden by another later."""
+    return n.handles > 0 and is_let_go(s, n.device) and not descriptors_short()
+
+
 cdef bint node_put_aside(session *s, node *n) noexcept nogil:
     """Swap a node's descriptor for the means to open it again. The caller holds its only pin. False: it must stay."""
     cdef statx_t st
@@ -163,7 +168,7 @@ cdef bint node_put_aside(session *s, node *n) noexcept nogil:
     if revive == NULL and (n.handles > 0 or not is_let_go(s, n.device)):
         return False                # unlinked: the descriptor is all that keeps it
     pthread_mutex_lock(&s.guard)
-    if n.pins == 1 and n.fd >= 0:
+    if n.pins == 1 and n.fd >= 0 and not _opened_meanwhile(s, n):
         fd = _take_fd_locked(s, n)
         n.revive = revive
         n.flags = (n.flags & ~NODE_REVIVE_BY_PATH) | by_path

@@ -20,7 +20,7 @@ from harness.freezing_fs import FreezingFs
 from harness.leaks import descriptors
 from harness.locking import WRITE, Opened
 from harness.session import Session
-from harness.stalling_fs import StallingFs
+from harness.stalling_fs import FILE_BYTES, StallingFs
 from harness.streams import read_body
 from harness.waiting import wait_until
 from harness.wire import ROOT
@@ -154,6 +154,33 @@ def block_device(tmp_path: Path) -> Iterator[str]:
     device = subprocess.run(["losetup", "--find", "--show", image], check=True, capture_output=True, text=True).stdout
     yield device.strip()
     subprocess.run(["losetup", "--detach", device.strip()], check=True)
+
+
+def test_a_file_that_is_opened_while_its_node_is_being_let_go_keeps_it(own_engine: EngineProcess, hung: StallingFs) -> None:
+    """For then its mount can be hidden by another, and a node that was let go is found no more."""
+    place = os.fspath(hung.point)
+
+    def holds(*paths: str) -> bool:
+        return any(path in paths for path in descriptors(own_engine.pid).values())
+
+    with Session(own_engine.address, own_engine.share) as session:
+        node = session.walk("hung/f0").node
+
+        def only_the_file_is_held() -> bool:
+            return session.getattr(node).size == FILE_BYTES and not holds(place)
+
+        wait_until(only_the_file_is_held, "the mount's root to be let go")
+        hung.hold("OPENDIR")            # which tries whether the file can be opened by its handle, before it is let go
+        wait_until(lambda: hung.held() == 1, "the file to be about to be let go")
+        opened = session.open(node)
+        hung.go()
+        wait_until(lambda: not holds(place), "that to be over")
+        subprocess.run(["mount", "-t", "tmpfs", "none", place], check=True)
+        try:
+            assert session.getattr(node).size == FILE_BYTES
+        finally:
+            subprocess.run(["umount", place], check=True)
+        session.release(opened.handle)
 
 
 def test_a_lazy_umount_that_hangs_in_the_engine_stops_nobody(own_engine: EngineProcess, block_device: str) -> None:

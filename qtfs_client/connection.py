@@ -74,6 +74,17 @@ def encode(op: int, body: bytes = b"", *, slot: int = 0, sequence: int = 0, tag:
     return HEADER.pack(HEADER.size + len(body), op, 0, 0, slot, sequence, tag) + body
 
 
+def detach(connection: Connection, timeout_s: float, *, slot: int = 0) -> None:
+    """Tell the engine that the session of this connection is over, and wait until it is. Raises OSError.
+
+    What it sent before, as an event channel does on its own, is not looked at.
+    """
+    deadline_s = time.monotonic() + timeout_s
+    connection.send(encode(OPERATIONS["DETACH"], slot=slot), timeout_s)
+    while connection.receive(max(0.0, deadline_s - time.monotonic()))[0] != OPERATIONS["DETACH"]:
+        pass
+
+
 class Engine:
     """Where an engine is and how to prove who we are; opens connections that are past the handshake.
 

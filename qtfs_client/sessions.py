@@ -20,7 +20,7 @@ import threading
 import time
 from dataclasses import dataclass
 
-from qtfs_client.connection import Engine, SessionLostError, Ticket, encode
+from qtfs_client.connection import Engine, SessionLostError, Ticket, detach, encode
 from qtfs_common.errors import QtfsError
 from qtfs_common.protocol import DELAYED, OPERATIONS, REPLY
 from qtfs_common.transport import Connection
@@ -304,8 +304,7 @@ class Session:
 def _detach(connection: Connection) -> bool:
     """Tell the server that the session is over; False if this connection does not reach it."""
     try:
-        connection.send(encode(OPERATIONS["DETACH"]), _DETACH_TIMEOUT_S)
-        connection.receive(_DETACH_TIMEOUT_S)
+        detach(connection, _DETACH_TIMEOUT_S)
     except OSError:
         return False
     return True

@@ -27,6 +27,7 @@ cdef extern from "<sys/socket.h>" nogil:
     enum:
         MSG_DONTWAIT
         MSG_NOSIGNAL
+        SHUT_RD
     ssize_t recv(int, void *, size_t, int)
     ssize_t send(int, const void *, size_t, int)
     int shutdown(int, int)
@@ -40,6 +41,11 @@ cdef extern from * nogil:
         __ATOMIC_ACQUIRE
         __ATOMIC_RELEASE
         __ATOMIC_ACQ_REL
+
+cdef enum cutting:                  # of our own end, as by shutdown(2)
+    UNCUT
+    CUT_READING
+    CUT_WHOLLY
 
 cdef enum:
     COPIED_BYTES = 16384            # messages up to this are always copied out
@@ -58,7 +64,7 @@ cdef inline uint64_t _aligned(uint64_t size) noexcept nogil:
 
 cdef bint _is_over(const ring_end *e) noexcept nogil:
     """Whether the other side, or the memory, is gone, or our own side wants an end."""
-    return e.hung_up or is_lost(e.memory) or load_int(&e.cut, __ATOMIC_ACQUIRE) or \
+    return e.hung_up or is_lost(e.memory) or load_int(&e.cut, __ATOMIC_ACQUIRE) == CUT_WHOLLY or \
         ring_load(&e.theirs.epoch) != e.epoch
 
 
@@ -127,7 +133,7 @@ cdef int _ring_receive(channel *ch, message *out) noexcept nogil:
     cdef uint64_t tail
     cdef int found = 0
     _ring_release(ch)
-    if load_int(&e.cut, __ATOMIC_ACQUIRE) or e.serves and ring_load(&e.theirs.epoch) != e.epoch:
+    if load_int(&e.cut, __ATOMIC_ACQUIRE) != UNCUT or e.serves and ring_load(&e.theirs.epoch) != e.epoch:
         return -ECONNRESET
     tail = ring_load(&e.theirs.tail)
     while found == 0 and tail != e.head:
@@ -247,7 +253,7 @@ cdef ssize_t _ring_put(channel *ch, const uint8_t *data, size_t size) noexcept n
     """A message goes whole or not at all."""
     cdef ring_end *e = _end(ch)
     cdef int status
-    if load_int(&e.cut, __ATOMIC_ACQUIRE) or is_lost(e.memory):
+    if load_int(&e.cut, __ATOMIC_ACQUIRE) == CUT_WHOLLY or is_lost(e.memory):
         return -ECONNRESET
     status = _send_parts(ch, e, data, size, NULL, 0)
     return <ssize_t>size if status == 0 else status
@@ -262,7 +268,8 @@ cdef int _ready(channel *ch, ring_end *e, int want) noexcept nogil:
     cdef int result = 0
     if _is_over(e):
         return want
-    if want & WAIT_READABLE and ring_load(&e.theirs.tail) != e.head + e.lent:
+    if want & WAIT_READABLE and (ring_load(&e.theirs.tail) != e.head + e.lent or
+                                 load_int(&e.cut, __ATOMIC_ACQUIRE) != UNCUT):
         result |= WAIT_READABLE
     if want & WAIT_WRITABLE and _place(e, unsent if unsent > 0 else ch.largest, &skip):
         result |= WAIT_WRITABLE
@@ -302,7 +309,11 @@ cdef int _ring_wait(channel *ch, int want, int wake_fd, int other_fd, int64_t ti
 
 
 cdef void _ring_cut(channel *ch, int how) noexcept nogil:
-    store_int(&_end(ch).cut, 1, __ATOMIC_RELEASE)
+    cdef ring_end *e = _end(ch)
+    if how != SHUT_RD:
+        store_int(&e.cut, CUT_WHOLLY, __ATOMIC_RELEASE)
+    elif load_int(&e.cut, __ATOMIC_ACQUIRE) == UNCUT:
+        store_int(&e.cut, CUT_READING, __ATOMIC_RELEASE)
     shutdown(ch.fd, how)
 
 

@@ -21,7 +21,7 @@ from typing import Any
 from harness import wire
 from harness.wire import ADMIN, EVENT_SLOT, ROOT, Attributes, Dirent, Entry, Lock, Opened, Reply, Who
 
-from qtfs_client.connection import Engine, Ticket
+from qtfs_client.connection import Engine, Ticket, detach
 from qtfs_common.addresses import Address, parse_address
 from qtfs_common.protocol import OPERATIONS
 from qtfs_common.transport import Connection
@@ -152,9 +152,7 @@ class Session:
         """End the session, if it is still there."""
         with contextlib.suppress(OSError):
             if self.slots:
-                connection = next(iter(self.slots.values())).connection
-                connection.send(wire.message(OPERATIONS["DETACH"]), REPLY_TIMEOUT_S)
-                connection.receive(REPLY_TIMEOUT_S)
+                detach(next(iter(self.slots.values())).connection, REPLY_TIMEOUT_S)
         self.disconnect()
 
     # ---- requests

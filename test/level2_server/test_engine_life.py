@@ -17,16 +17,17 @@ from typing import BinaryIO
 
 import pytest
 from harness import wire
-from harness.engine_process import TRANSPORTS, EngineProcess, everything_below
+from harness.engine_process import ALL_TRANSPORTS, TRANSPORTS, EngineProcess, everything_below
 from harness.fault_proxy import stopped
 from harness.session import Session, attach_stream, receive_exactly, stream
+from harness.streams import open_body
 from harness.waiting import wait_until
 from harness.wire import HEADER_BYTES, NOBODY, ROOT
 
-from qtfs_client.connection import HandshakeError, SessionLostError
+from qtfs_client.connection import HandshakeError, SessionLostError, detach
 from qtfs_common.addresses import Address, TcpAddress, connect_socket
 from qtfs_common.errors import ConnectError
-from qtfs_common.protocol import MAGIC, OPERATIONS
+from qtfs_common.protocol import EVENT, MAGIC, OPERATIONS
 
 KEY = bytes(range(32))
 
@@ -513,6 +514,27 @@ def test_a_detach_while_other_slots_work(own: EngineProcess) -> None:
                     pass
             sock.close()
     wait_until(own.is_idle, "the engine to let everything go")
+
+
+@pytest.mark.parametrize("transport", ALL_TRANSPORTS)
+@pytest.mark.parametrize("slot", [0, EVENT])
+def test_a_session_is_over_once_its_detach_is_answered(transport: str, slot: int, tmp_path: Path) -> None:
+    """What came before the answer, as on an event channel, is not taken for it."""
+    with EngineProcess(tmp_path / "engine", transport).running() as engine:
+        session = Session(engine.address, engine.share)
+        connection = session.slot().connection
+        if slot == EVENT:
+            connection = session.event().connection
+            session.event().send("OPEN", wire.caller(node=1 << 40) + open_body(os.O_RDONLY), tag=1)
+            wait_until(lambda: engine.figures()["sessions"][0]["event_number"] == 1, "an answer that nobody reads")
+        with stopped(engine.pid), pytest.raises(TimeoutError):
+            detach(connection, 0.2, slot=slot)
+        wait_until(lambda: not engine.figures()["sessions"], "the session to end")
+        session.disconnect()
+        session = Session(engine.address, engine.share)
+        detach(session.slot().connection if slot == 0 else session.event().connection, 10, slot=slot)
+        assert engine.figures()["sessions"] == []
+        session.disconnect()
 
 
 def test_a_socket_that_is_shut_in_the_middle_of_a_reply(own: EngineProcess) -> None:

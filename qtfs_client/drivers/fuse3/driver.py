@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from qtfs_client.connection import Engine, HandshakeError, SessionLostError, Ticket, encode
+from qtfs_client.connection import Engine, HandshakeError, SessionLostError, Ticket, detach
 from qtfs_client.drivers import mount_options
 from qtfs_client.drivers.fuse3.following import Follower
 from qtfs_client.drivers.fuse3.mount import EVENT_LINE, Mount
@@ -25,7 +25,7 @@ from qtfs_client.drivers.fuse3.special import special_rules
 from qtfs_client.drivers.mounting import FuseMount, device_number, start_writing_back
 from qtfs_client.options import MountOptions
 from qtfs_common.errors import ConnectError, QtfsError
-from qtfs_common.protocol import EVENT, OPERATIONS
+from qtfs_common.protocol import EVENT
 from qtfs_common.transport import Connection
 
 log = logging.getLogger(__name__)
@@ -257,11 +257,12 @@ class Fuse3Driver:
 
     def _detach(self) -> None:
         """DETACH; without it the engine waits for us to return."""
-        with contextlib.suppress(OSError, QtfsError):
+        try:
             connection, slot = self._idle_channel()
             if connection is not None:
-                connection.send(encode(OPERATIONS["DETACH"], slot=slot), _DETACH_S)
-                connection.receive(_DETACH_S)
+                detach(connection, _DETACH_S, slot=slot)
+        except (OSError, QtfsError) as error:
+            log.info("%s could not be told that this mount has ended: %s", self._engine.address, error)
 
     def _idle_channel(self) -> tuple[Connection | None, int]:
         """A channel that nobody uses any more, and its slot. A mount may end before it has an event channel."""

@@ -12,6 +12,7 @@ cdef int handle_hold(session *s, uint64_t id, handle **out) noexcept nogil
 cdef int handle_pin(session *s, uint64_t id, handle **out) noexcept nogil
 cdef void handle_unpin(session *s, handle *h) noexcept nogil
 cdef int handle_end(session *s, uint64_t id) noexcept nogil
+cdef void see_to_hung_closes() noexcept nogil
 
 ctypedef void (*stream_function)(void *) noexcept nogil
 cdef void set_stream_functions(stream_function released, stream_function closing) noexcept nogil

@@ -3,25 +3,41 @@
 A handle that an engine before us had open is opened again when it is first used: by its node, with the flags it had. A
 FIFO is not, as what was in it is gone, nor is a file that nobody can find again: such a handle is lost, and EIO.
 
+A released file whose close(2) would hang, as others do in its file system, stays open until they do not any more. Its
+handle is in use as long, and counts for the session.
+
 A handle id is (generation << 34 | index << 2 | pollable << 1 | writable): stale and invented ones are refused by their
 generation.
 """
 from libc.errno cimport EINTR, EIO, EMFILE, ENFILE, ENOMEM, ESTALE, errno
 from libc.stdint cimport uint32_t, uint64_t
+from libc.stdlib cimport free, malloc
 
 from qtfs_common.protocol cimport OPENED_STREAM, OPENED_UNCACHED, open_reply
+from qtfs_server.chores cimport chore_add
 from qtfs_server.descriptors cimport close_counted, descriptor_opened, proc_path, within_share
 from qtfs_server.fd_store cimport unstore_later
 from qtfs_server.includes.linux cimport AT_FDCWD, F_SETFL, O_ACCMODE, O_APPEND, O_CLOEXEC, O_NOCTTY, O_NONBLOCK, O_RDONLY, \
-    close, fcntl, openat, pthread_mutex_lock, pthread_mutex_unlock, written
+    close, fcntl, openat, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, written
 from qtfs_server.node_descriptors cimport node_hold, node_let_go, node_unpin
 from qtfs_server.session cimport HANDLE_ENDED, HANDLE_IN_USE, HANDLE_LOST, HANDLE_POLLABLE, HANDLE_STORED, \
-    HANDLE_STREAM, HANDLE_WRITABLE, NO_INDEX, handle, handle_at, node, session
+    HANDLE_STREAM, HANDLE_WRITABLE, NO_INDEX, handle, handle_at, node, session, session_hold, session_unref
 from qtfs_server.shares cimport max_handles
 from qtfs_server.state_file cimport HANDLES, grow
+from qtfs_server.stuck cimport close_hangs
 
 cdef enum:
     GENERATIONS = 0x3fffffff
+
+cdef struct hung_close:
+    hung_close *next
+    session *s                      # a reference
+    handle *h                       # a pin
+    uint64_t number                 # st_dev
+
+cdef pthread_mutex_t _hung_guard
+cdef hung_close *_hung = NULL
+pthread_mutex_init(&_hung_guard, NULL)
 
 cdef stream_function _released = NULL       # nobody uses the handle's stream any more, but those who wait on it
 cdef stream_function _closing = NULL        # nor do they
@@ -182,7 +198,7 @@ cdef void _settle(session *s, handle *h) noexcept nogil:
     cdef void *stream = NULL
     cdef int fd = -1
     pthread_mutex_lock(&s.guard)
-    if h.pins == 0 and h.flags & HANDLE_ENDED:
+    if h.pins == 0 and h.flags & HANDLE_ENDED and not _would_hang_locked(s, h):
         fd = h.fd
         stream = h.stream
         if h.flags & HANDLE_STORED:
@@ -227,3 +243,80 @@ cdef int handle_end(session *s, uint64_t id) noexcept nogil:
         _released(stream)
         handle_unpin(s, h)
     return 0
+
+
+# ---- files whose close(2) would hang -----------------------------------------------------------------------------------
+
+cdef bint _would_hang_locked(session *s, handle *h) noexcept nogil:
+    """Whether an ended handle that nobody pins stays open for the time being: then it is pinned."""
+    cdef uint64_t number = s.devices[h.node.device].number
+    cdef hung_close *entry
+    if h.fd < 0 or s.ended or not close_hangs(number):
+        return False
+    entry = <hung_close *>malloc(sizeof(hung_close))
+    if entry == NULL or not session_hold(s):
+        free(entry)
+        return False
+    h.pins = 1
+    entry.s = s
+    entry.h = h
+    entry.number = number
+    pthread_mutex_lock(&_hung_guard)
+    entry.next = _hung
+    _set_hung(entry)
+    pthread_mutex_unlock(&_hung_guard)
+    return True
+
+
+cdef inline void _set_hung(hung_close *first) noexcept nogil:
+    global _hung
+    _hung = first
+
+
+cdef bint _is_due(const hung_close *entry, const hung_close *batch) noexcept nogil:
+    """Whether an entry can be seen to, together with the batch: one that hangs again is to hold up its like only."""
+    if batch != NULL and batch.number != entry.number:
+        return False
+    return entry.s.ended or not close_hangs(entry.number)
+
+
+cdef hung_close *_take_due_locked() noexcept nogil:
+    """Take those of one file system that can be seen to."""
+    cdef hung_close **at = &_hung
+    cdef hung_close *entry
+    cdef hung_close *batch = NULL
+    while at[0] != NULL:
+        entry = at[0]
+        if _is_due(entry, batch):
+            at[0] = entry.next
+            entry.next = batch
+            batch = entry
+        else:
+            at = &entry.next
+    return batch
+
+
+cdef void _see_to_batch(void *first) noexcept nogil:
+    """Close them. Those of a session that has ended are closed with it."""
+    cdef hung_close *entry = <hung_close *>first
+    cdef hung_close *following
+    while entry != NULL:
+        following = entry.next
+        if not entry.s.ended:
+            handle_unpin(entry.s, entry.h)
+        session_unref(entry.s)
+        free(entry)
+        entry = following
+
+
+cdef void see_to_hung_closes() noexcept nogil:
+    """Have closed what does not hang any more; to be called from time to time."""
+    cdef hung_close *batch = NULL
+    while True:
+        pthread_mutex_lock(&_hung_guard)
+        batch = _take_due_locked()
+        pthread_mutex_unlock(&_hung_guard)
+        if batch == NULL:
+            return
+        if not chore_add(_see_to_batch, batch):
+            _see_to_batch(batch)

@@ -25,6 +25,7 @@ from qtfs_server.chores cimport see_to_chores
 from qtfs_server.dispatch cimport SLOT_BUSY, execute_in_slot, is_errand
 from qtfs_server.early cimport write_early
 from qtfs_server.event_channel cimport serve_event
+from qtfs_server.handles cimport see_to_hung_closes
 from qtfs_server.identity cimport identity_init
 from qtfs_server.includes.linux cimport atomic_add_int, atomic_load_int, atomic_load_u64, atomic_store_u64, \
     atomic_swap_int, close, usleep
@@ -478,6 +479,7 @@ cdef class Service:
         poller.register(self.stop_fd, select.POLLIN)
         while not poller.poll(1000 * (_CLOSE_LOOK_S if self.watched_closely else _LOOK_S)):
             self._look_at_workers()
+            see_to_hung_closes()
             see_to_chores()
             see_to_lock_polling()
             for _ in range(min(self.crew - (self.running - self.blocked), MAX_WORKERS - self.running)):
@@ -506,7 +508,7 @@ cdef class Service:
             else:
                 self.blocked += now - w.seen_us >= BLOCKED_US
                 if now - w.seen_us >= STUCK_US and self._judged(w, turn):
-                    stuck.append((w.at.session, w.stuck_on, bool(w.at.changes)))
+                    stuck.append((w.at.session, w.stuck_on, bool(w.at.changes), int(w.at.op)))
             w = w.next
         publish(stuck)
         return 0

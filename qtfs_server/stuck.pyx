@@ -38,12 +38,13 @@ cdef enum:
 cdef enum:                          # _kinds: of an operation
     BY_HANDLE = 1                   # its body begins with a handle
     CHANGES = 2                     # it waits while the file system is frozen
-    AT_ONCE = 4                     # never delayed: it cannot hang, or nobody would ask again
+    AT_ONCE = 4                     # never delayed: it cannot hang for long, or nobody would ask again
 
 cdef struct stuck_request:
     uint64_t session
     uint64_t number                 # st_dev
     bint changes
+    bint closes
 
 cdef struct whereabouts:
     uint64_t number                 # st_dev
@@ -171,14 +172,29 @@ cdef bint is_stuck(uint64_t number) noexcept nogil:
     return found
 
 
+cdef bint close_hangs(uint64_t number) noexcept nogil:
+    """Whether close(2) is known to hang in the file system with that st_dev. Where it is only frozen, most do not."""
+    cdef int32_t i
+    cdef bint found = False
+    if atomic_load_int(&_stuck_count) == 0:
+        return False
+    pthread_mutex_lock(&_guard)
+    for i in range(_stuck_count):
+        found = found or _stuck[i].number == number and (_stuck[i].closes or not _stuck[i].changes)
+    pthread_mutex_unlock(&_guard)
+    return found
+
+
 # ---- where a request is ----------------------------------------------------------------------------------------------
 
 cdef bint _find(session *s, const execution *at, whereabouts *out) noexcept nogil:
-    """Where the node or handle of a request lies; False: there is none."""
+    """Where the handle or, without one, the node of a request lies; False: there is none. RELEASE has ended its handle."""
     cdef uint32_t index
     cdef bint found
     pthread_mutex_lock(&s.guard)
-    index = _record_of_handle_locked(s, at.handle) if at.handle != 0 else record_of_locked(s, at.node)
+    index = _record_of_handle_locked(s, at.handle) if at.handle != 0 else NO_INDEX
+    if index == NO_INDEX:
+        index = record_of_locked(s, at.node)
     found = index != NO_INDEX
     if found:
         _fill_locked(s, record_at(s, index), out)
@@ -275,20 +291,21 @@ cdef bint _find_directory(path: bytes, whereabouts *out):
 
 
 cdef void publish(list stuck):
-    """Have these be the requests that hang: (session id, st_dev, whether it changes something)."""
+    """Have these be the requests that hang: (session id, st_dev, whether it changes something, operation)."""
     global _stuck_count
     cdef int32_t count = 0
     before = {_stuck[i].number for i in range(_stuck_count)}
     pthread_mutex_lock(&_guard)
-    for id, number, changes in stuck[:MAX_WORKERS]:
+    for id, number, changes, op in stuck[:MAX_WORKERS]:
         _stuck[count].session = id
         _stuck[count].number = number
         _stuck[count].changes = changes
+        _stuck[count].closes = op in (OP_RELEASE, OP_RELEASEDIR, OP_FLUSH)
         count += 1
     atomic_store_int(&_stuck_count, count)
     _drop_crossings_locked()
     pthread_mutex_unlock(&_guard)
-    _note_changes(before, {number for _, number, _ in stuck})
+    _note_changes(before, {number for _, number, _, _ in stuck})
 
 
 cdef void _drop_crossings_locked() noexcept:

@@ -20,7 +20,7 @@ from harness.freezing_fs import FreezingFs
 from harness.leaks import descriptors
 from harness.locking import WRITE, Opened
 from harness.session import Session
-from harness.stalling_fs import FILE_BYTES, StallingFs
+from harness.stalling_fs import FILE_BYTES, FILES, StallingFs
 from harness.streams import read_body
 from harness.waiting import wait_until
 from harness.wire import ROOT
@@ -205,6 +205,40 @@ def test_a_lazy_umount_that_hangs_in_the_engine_stops_nobody(own_engine: EngineP
         session.reattach()
         assert session.walk("plain").attr.size == 5
         hung.go()
+
+
+def test_files_whose_close_hangs_stay_open_and_take_nobody(own_engine: EngineProcess, hung: StallingFs) -> None:
+    """They count for their session, until they are closed after all."""
+    with Session(own_engine.address, own_engine.share, slots=4) as session:
+        nodes = [session.walk(f"hung/{os.fsdecode(name)}").node for name in FILES]
+        opened = [(node, session.open(node).handle) for node in nodes for _ in range(8)]
+        hung.hold("FLUSH")
+        node, first = opened.pop()
+        ask_without_waiting(session, 1, "RELEASE", struct.pack("<QQII", first, 0, 0, 0), node)
+        wait_until(lambda: own_engine.figures()["stuck"] == 1, "the first to be known to hang")
+        for node, handle in opened:
+            session.release(handle, node=node)
+        with pytest.raises(OSError, match="Stale"):
+            session.read(opened[0][1], 0, 1)
+        assert own_engine.figures()["workers"] <= WORKERS + 1
+        assert own_engine.figures()["sessions"][0]["handles"] >= len(opened)
+        hung.go()
+        assert session.slot(1).receive().error == 0
+        wait_until(lambda: own_engine.figures()["sessions"][0]["handles"] == 0, "all to be closed")
+
+
+def test_a_session_ends_without_the_files_that_it_could_not_close(own_engine: EngineProcess, hung: StallingFs) -> None:
+    session = Session(own_engine.address, own_engine.share, slots=4)
+    node = session.walk("hung/f0").node
+    opened = [session.open(node).handle for _ in range(4)]
+    hung.hold("FLUSH")
+    ask_without_waiting(session, 1, "RELEASE", struct.pack("<QQII", opened.pop(), 0, 0, 0), node)
+    wait_until(lambda: own_engine.figures()["stuck"] == 1, "the first to be known to hang")
+    for handle in opened:
+        session.release(handle, node=node)
+    session.detach()
+    assert own_engine.figures()["sessions"] == []
+    hung.go()
 
 
 def test_a_session_ends_whose_files_cannot_be_closed(tmp_path: Path) -> None:

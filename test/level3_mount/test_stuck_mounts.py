@@ -19,8 +19,8 @@ from qtfs_client.remote_host import mount_figures
 
 THREADS = 4
 CROWD = 24
-#: A caller that ends, or has caught a signal, is given two seconds.
-GIVEN_S = 8
+#: A caller that ends, or has caught a signal, is given two seconds for each of its requests, of which there are a few.
+GIVEN_S = 20
 
 
 @pytest.fixture(params=ALL_TRANSPORTS)

@@ -32,8 +32,10 @@ QUICK_ERRAND_THREADS = 2
 #: What a second worker runs meanwhile: guests and builds, which share nothing with other tests, and what mostly waits.
 #: Two workers for everything would do it faster, but tests with a time limit are then seldom alone on two processors.
 APART = (
-    *("level2_server/test_leaks.py", "level2_server/test_stuck_exports.py", "level3_mount/test_stuck_mounts.py"),
-    *("level3_mount/test_waiting_calls.py", "test_installation.py", "level6_vm/"),
+    *("level2_server/test_leaks.py", "level2_server/test_stuck_exports.py", "level2_server/test_held_mounts.py"),
+    *("level3_mount/test_stuck_mounts.py", "level3_mount/test_waiting_calls.py", "level3_mount/test_outages.py"),
+    *("level3_mount/test_faults.py", "level3_mount/test_propagation.py", "level3_mount/test_engine_upgrade.py"),
+    *("level5_commands/test_installation.py", "level6_vm/"),
 )
 
 # A shell that runs us in the background has it ignored, and all that we start would inherit that.

@@ -242,9 +242,12 @@ class Guest:
     """What can be booted, and again: initrd, disk, and the directory `job` that both machines see."""
 
     def __init__(
-        self, scratch: Path, *, cores: int = 2, memory_mib: int = 2048, devices: Sequence[str] = ()
+        self, scratch: Path, *, cores: int = 1, memory_mib: int = 2048, devices: Sequence[str] = ()
     ) -> None:
         """``scratch`` is an empty directory; ``devices`` are further arguments of QEMU.
+
+        One processor is emulated unless ``cores`` says otherwise: several wait for each other wherever this machine is
+        busy, and then take seven times as long.
 
         Raises GuestUnavailable if there is nothing to boot.
         """

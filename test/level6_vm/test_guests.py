@@ -18,15 +18,15 @@ from harness.waiting import wait_until
 
 HERE = Path(__file__).resolve().parent
 LEVEL3 = HERE.parent / "level3_mount"
-#: Alone they take 92 to 137 s; beside other tests, on slow processors, more than twice as much.
-TIMEOUT_S = 400.0
+#: The promise is three minutes. They take 23 to 101 s beside a program that computes; a machine may have more to do.
+TIMEOUT_S = 300.0
 BAR_BYTES = 64 << 20
 GRACE_S = 5
 
 CONFORMANCE = """
 mkdir -p /tmp/local
 .venv/bin/python -I test/level6_vm/conformance.py --expected /run/guest/expected --trees /run/guest/trees \\
-    /tmp/local /mnt/auto
+    /tmp/local /mnt/auto /mnt/none
 say "conformance"
 """
 
@@ -120,7 +120,8 @@ def test_conformance_over_a_bar(guest: Guest, server: EngineProcess, scenarios: 
     wait_until(server.is_idle, "the engine to let everything go", GRACE_S + 10)
     trees = pickle.loads((guest.job / "trees").read_bytes())
     for name, tree in trees.items():
-        assert kit.tree(server.share / "auto" / name) == tree, name
+        for cache in ("auto", "none"):
+            assert kit.tree(server.share / cache / name) == tree, f"{name}, cache={cache}"
     print(f"{result.seconds:.0f} s\n{result.output}")
 
 
@@ -166,5 +167,5 @@ def test_the_whole_job_over_vsock(kernel: None, tmp_path: Path) -> None:
 @pytest.mark.timeout(2 * TIMEOUT_S)
 def test_conformance_over_vsock(kernel: None, tmp_path: Path) -> None:
     result = run_in_guest((HERE / "vsock.sh").read_text(), tmp_path, TIMEOUT_S).check()
-    assert " on auto: 0 differ" in result.output
+    assert " on auto, none: 0 differ" in result.output
     print(f"{result.seconds:.0f} s\n{result.output}")

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Runs in the guest, as root, in the checkout: the conformance set over vsock within one machine (CID 1, loopback).
 set -eu
-mkdir -p /etc/qtfs /tmp/share /tmp/local /mnt/auto
+mkdir -p /etc/qtfs /tmp/share /tmp/local /mnt/auto /mnt/none
 modprobe vsock_loopback
 ln -s "$PWD/qtfs_client/mount.qtfs" /sbin/mount.qtfs
 for group in Mount Open Read Write Readdir Mkdir Rmdir Create Unlink Rename Setattr Setxattr; do
@@ -13,8 +13,10 @@ until grep -q 'listening on' /tmp/engine.log; do
     kill -0 "$engine" || { cat /tmp/engine.log; exit 1; }
     sleep 0.1
 done
-mount -t qtfs /tmp/share /mnt/auto -o server=vsock://1:12345
-.venv/bin/python -I test/level6_vm/conformance.py --here /tmp/share /tmp/local /mnt/auto
-umount /mnt/auto
+for cache in auto none; do
+    mount -t qtfs /tmp/share "/mnt/$cache" -o "server=vsock://1:12345,cache=$cache"
+done
+.venv/bin/python -I test/level6_vm/conformance.py --here /tmp/share /tmp/local /mnt/auto /mnt/none
+umount /mnt/auto /mnt/none
 kill "$engine"
 wait "$engine"

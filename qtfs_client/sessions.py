@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from qtfs_client.connection import Engine, SessionLostError, Ticket, detach, encode
 from qtfs_common.errors import QtfsError
-from qtfs_common.protocol import DELAYED, OPERATIONS, REPLY
+from qtfs_common.protocol import DELAYED, REPLY
 from qtfs_common.transport import Connection
 
 log = logging.getLogger(__name__)

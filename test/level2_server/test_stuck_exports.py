@@ -156,7 +156,7 @@ def block_device(tmp_path: Path) -> Iterator[str]:
     subprocess.run(["losetup", "--detach", device.strip()], check=True)
 
 
-def test_a_file_that_is_opened_while_its_node_is_being_let_go_keeps_it(own_engine: EngineProcess, hung: StallingFs) -> None:
+def test_a_file_opened_while_its_node_is_being_let_go_keeps_it(own_engine: EngineProcess, hung: StallingFs) -> None:
     """For then its mount can be hidden by another, and a node that was let go is found no more."""
     place = os.fspath(hung.point)
 

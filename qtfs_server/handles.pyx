@@ -245,13 +245,13 @@ cdef int handle_end(session *s, uint64_t id) noexcept nogil:
     return 0
 
 
-# ---- files whose close(2) would hang -----------------------------------------------------------------------------------
+# ---- files whose close(2) would hang ---------------------------------------------------------------------------------
 
 cdef bint _would_hang_locked(session *s, handle *h) noexcept nogil:
-    """Whether an ended handle that nobody pins stays open for the time being: then it is pinned."""
+    """Whether an ended handle that nobody pins stays open for now: then it is pinned. A FIFO's end asks no file system."""
     cdef uint64_t number = s.devices[h.node.device].number
     cdef hung_close *entry
-    if h.fd < 0 or s.ended or not close_hangs(number):
+    if h.fd < 0 or h.flags & HANDLE_STREAM or s.ended or not close_hangs(number):
         return False
     entry = <hung_close *>malloc(sizeof(hung_close))
     if entry == NULL or not session_hold(s):

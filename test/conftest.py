@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import os
 import signal
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import hypothesis
 import pytest
@@ -83,6 +84,27 @@ def _nothing_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """At the very end no mount, process or descriptor of ours is left."""
     with nothing_left(str(tmp_path_factory.getbasetemp())):
         yield
+
+
+@pytest.fixture(scope="session")
+def _turns(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+    """Two files that all workers lock: the way in, and the machine."""
+    area = tmp_path_factory.getbasetemp()
+    if worker_id != "master":
+        area = area.parent
+    with (area / "way-in").open("wb") as way_in, (area / "machine").open("wb") as machine:
+        yield way_in, machine
+
+
+@pytest.fixture(autouse=True)
+def _turn(request: pytest.FixtureRequest, _turns: tuple[BinaryIO, BinaryIO]) -> Iterator[None]:
+    """Tests marked `alone` have the machine to themselves. Who waits for that keeps the way in: none overtakes it."""
+    way_in, machine = _turns
+    fcntl.flock(way_in, fcntl.LOCK_EX)
+    fcntl.flock(machine, fcntl.LOCK_EX if request.node.get_closest_marker("alone") else fcntl.LOCK_SH)
+    fcntl.flock(way_in, fcntl.LOCK_UN)
+    yield
+    fcntl.flock(machine, fcntl.LOCK_UN)
 
 
 @pytest.fixture(autouse=True)

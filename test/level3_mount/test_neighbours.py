@@ -34,17 +34,6 @@ def computing() -> Iterator[psutil.Process]:
             program.wait()
 
 
-@contextlib.contextmanager
-def before_all_others() -> Iterator[None]:
-    """Whatever is started meanwhile has the processors nearly to itself, in the same proportions as ever: nice(2)."""
-    usual = os.getpriority(os.PRIO_PROCESS, 0)
-    os.setpriority(os.PRIO_PROCESS, 0, -20)
-    try:
-        yield
-    finally:
-        os.setpriority(os.PRIO_PROCESS, 0, usual)
-
-
 def share(program: psutil.Process, path: Path | None) -> float:
     """The part of a processor that it gets while `path` is asked for a thousand times a second, or nobody asks."""
     before, since = sum(program.cpu_times()[:2]), time.monotonic()
@@ -56,10 +45,11 @@ def share(program: psutil.Process, path: Path | None) -> float:
 
 
 @pytest.mark.root
+@pytest.mark.alone
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("transport", ["unix", "shm"])
 def test_who_computes_loses_nothing_to_those_who_look(transport: str, tmp_path: Path) -> None:
     with (
-        before_all_others(),
         EngineProcess(tmp_path / "engine", transport).running() as engine,
         MountProcess(engine, engine.share, tmp_path / "mnt", "cache=none").running() as mounted,
         computing() as program,

@@ -51,6 +51,8 @@ def fewest_calls(transport: str, area: Path, attempts: int = 1) -> int:
     return min(found)
 
 
+@pytest.mark.alone
+@pytest.mark.timeout(400)
 def test_messages_in_shared_memory(tmp_path: Path) -> None:
     try:
         assert fewest_calls("shm", tmp_path, ATTEMPTS) <= WAKING

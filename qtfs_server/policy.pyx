@@ -10,7 +10,7 @@ mounted. What it takes from a place, lines of the whitelist that name a path at 
 """
 from libc.errno cimport EACCES, ENOENT, EROFS
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc
+from libc.stdlib cimport calloc, free
 from libc.string cimport strchr, strlen
 
 from qtfs_common.protocol cimport MAX_PATH
@@ -438,21 +438,31 @@ def _real_pattern(pattern: tuple[bytes, ...]) -> tuple[bytes, ...]:
     return (*components(os.path.realpath(b"/" + b"/".join(pattern[:literal]))), *pattern[literal:])
 
 
+cdef rules *_new_rules(list rows) except NULL:
+    cdef rules *r = <rules *>calloc(1, sizeof(rules))
+    if r == NULL:
+        raise MemoryError
+    try:
+        r.vertices = <vertex *>calloc(len(rows), sizeof(vertex))
+        if r.vertices == NULL:
+            raise MemoryError
+        r.paths = trie_new(rows)
+        _fill(r, rows)
+    except BaseException:
+        free(r.vertices)
+        free(r)
+        raise
+    return r
+
+
 def install(whitelist: "Whitelist", special: "Sequence[Rule]" = ()) -> None:
     """Put a parsed whitelist and parsed special rules into force for all requests from now on."""
     global _rules, _open_lines, _commands
-    cdef rules *r = <rules *>calloc(1, sizeof(rules))
     try:
         rows = _tree(whitelist, special).rows()
     except ValueError as error:
         raise ConfigError(whitelist.source, f"too long, special rules included: {error}") from error
-    if r == NULL:
-        raise MemoryError
-    r.vertices = <vertex *>calloc(len(rows), sizeof(vertex))
-    if r.vertices == NULL:
-        raise MemoryError
-    r.paths = trie_new(rows)
-    _fill(r, rows)
+    cdef rules *r = _new_rules(rows)
     _open_lines = tuple([b"/" + b"/".join(components(path)) for path in whitelist.paths.get(Type.OPEN, ())])
     pthread_mutex_lock(&_epoch_guard)
     r.previous = _rules

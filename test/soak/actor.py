@@ -109,9 +109,10 @@ class Actor:
             self._close(self.held[-1])
         while self.scan is not None:
             self.read_on()
-        for name in ("log", "lock"):
-            if getattr(self, name) >= 0:
-                self._check("close", lambda: None, functools.partial(os.close, getattr(self, name)))
+        while max(self.log, self.lock) >= 0:  # who comes back from the daemon's death has another log
+            name = "log" if self.log >= 0 else "lock"
+            if self._check("close", lambda: None, functools.partial(os.close, getattr(self, name))):
+                setattr(self, name, -1)
         self._compare(self.model)
         sure = {"lines": self.lines, "counted": self.counted, "won": self.won}
         return {"sure": sure, "unsure": self.unsure, "kinds": self.calls}

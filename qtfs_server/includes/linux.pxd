@@ -177,6 +177,8 @@ cdef extern from "<sys/vfs.h>" nogil:
     int fstatfs(int, statfs_t *)
 
 cdef extern from "<sys/xattr.h>" nogil:
+    enum:
+        XATTR_CREATE
     ssize_t getxattr(const char *, const char *, void *, size_t)
     ssize_t listxattr(const char *, char *, size_t)
     int setxattr(const char *, const char *, const void *, size_t, int)

@@ -13,9 +13,9 @@ from qtfs_common.protocol cimport KILL_PRIVILEGES, MAX_NAME, MAX_PATH, MAX_XATTR
     timestamp, xattr_request
 from qtfs_server.identity cimport act_as_root, drop_fsetid
 from qtfs_server.includes.linux cimport AT_EACCESS, AT_EMPTY_PATH, AT_FDCWD, AT_NO_AUTOMOUNT, O_CLOEXEC, \
-    O_DIRECTORY, O_RDONLY, S_IFLNK, STATX_BASIC_STATS, STATX_BTIME, SYS_faccessat2, UTIME_NOW, UTIME_OMIT, close, \
-    fchmodat, fchownat, fstatfs, ftruncate, getxattr, listxattr, openat, readlinkat, removexattr, setxattr, statfs_t, \
-    statx, statx_t, statx_timestamp, syncfs, syscall, timespec, truncate, utimensat
+    O_DIRECTORY, O_RDONLY, S_IFLNK, STATX_BASIC_STATS, STATX_BTIME, SYS_faccessat2, UTIME_NOW, UTIME_OMIT, \
+    XATTR_CREATE, close, fchmodat, fchownat, fstatfs, ftruncate, getxattr, listxattr, openat, readlinkat, removexattr, setxattr, \
+    statfs_t, statx, statx_t, statx_timestamp, syncfs, syscall, timespec, truncate, utimensat
 from qtfs_server.operations.ourselves cimport link_not_ours
 from qtfs_server.operations.streams cimport is_special, show_as_stream
 from qtfs_server.policy cimport ALLOW_SETATTR, ALLOW_SETXATTR, ALLOW_WRITE
@@ -427,9 +427,11 @@ cdef int op_setxattr(request *r) noexcept nogil:
         return error
     if body.kill & KILL_PRIVILEGES and r.who.uid == 0:
         drop_fsetid(r.me)
+    flags = <int>body.flags
     proc_path(link, n.fd)
     note_attribute(r, link, name)
-    flags = 0 if may_be_done(r) and r.before.ino == 0 else body.flags   # XATTR_CREATE would find what was made
+    if may_be_done(r) and r.before.ino == 0:
+        flags &= ~XATTR_CREATE          # it would find what was made
     if setxattr(link, name, r.body + sizeof(xattr_request) + body.name_bytes, body.size, flags) < 0:
         error = -errno
     node_unpin(r.s, n)

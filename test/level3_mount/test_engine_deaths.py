@@ -306,20 +306,30 @@ def test_killed_after_the_effect_and_before_the_reply(tmp_path: Path, deed: Deed
         Ends(pair.mount, tmp_path / "run").check_nothing_is_open()
 
 
+#: What is not to be done at all has no effect to be known by: the next engine has to come to the same refusal.
+UNBEGUN = [
+    Deed("mkdir", "mkdirat", _touch, lambda d: (d / "new").mkdir(), None),
+    Deed("setxattr", "setxattr", _touch, lambda d: os.setxattr(d / "f", "user.a", b"b", os.XATTR_REPLACE), "ENODATA"),
+]
+
+
 @pytest.mark.parametrize("transport", ALL_TRANSPORTS)
-def test_killed_before_the_effect(tmp_path: Path, transport: str) -> None:
+@pytest.mark.parametrize("deed", UNBEGUN, ids=lambda deed: deed.name)
+def test_killed_before_the_effect(tmp_path: Path, deed: Deed, transport: str) -> None:
     with mounted(tmp_path, transport, "cache=none") as pair:
+        deed.begin(pair.here)
+        before = deed.look(pair.here)
         result: list[object] = []
-        doer = threading.Thread(target=lambda: result.append(outcome((pair.there / "new").mkdir)))
-        with delayed(pair.engine, "mkdirat", "delay_enter=60000000"):
+        doer = threading.Thread(target=lambda: result.append(outcome(deed.do, pair.there)))
+        with delayed(pair.engine, deed.call, "delay_enter=60000000"):
             doer.start()
-            wait_until(lambda: pair.engine.figures()["requests"].get("MKDIR"), "the request")
+            wait_until(lambda: pair.engine.figures()["requests"].get(deed.name.upper()), "the request")
             os.kill(pair.engine.pid, signal.SIGKILL)
-        assert os.listdir(pair.here) == []
+        assert deed.look(pair.here) == before
         pair.replace_engine()
         doer.join(20)
-        assert result == [None]
-        assert os.listdir(pair.here) == ["new"]
+        assert result == [deed.expected]
+        assert deed.look(pair.here) == (before if deed.expected else ["f", "new"])
 
 
 # ---- limits

@@ -159,30 +159,27 @@ cdef bint leads_to_stuck(session *s, const node *directory, const char *name) no
     return leads
 
 
-cdef bint is_stuck(uint64_t number) noexcept nogil:
-    """Whether requests hang in the file system with that st_dev."""
+cdef bint _hangs(uint64_t number, bint even_close) noexcept nogil:
     cdef int32_t i
     cdef bint found = False
     if atomic_load_int(&_stuck_count) == 0:
         return False
     pthread_mutex_lock(&_guard)
     for i in range(_stuck_count):
-        found = found or _stuck[i].number == number
+        if _stuck[i].number == number and (not even_close or _stuck[i].closes or not _stuck[i].changes):
+            found = True
     pthread_mutex_unlock(&_guard)
     return found
+
+
+cdef bint is_stuck(uint64_t number) noexcept nogil:
+    """Whether requests hang in the file system with that st_dev."""
+    return _hangs(number, False)
 
 
 cdef bint close_hangs(uint64_t number) noexcept nogil:
-    """Whether close(2) is known to hang in the file system with that st_dev. Where it is only frozen, most do not."""
-    cdef int32_t i
-    cdef bint found = False
-    if atomic_load_int(&_stuck_count) == 0:
-        return False
-    pthread_mutex_lock(&_guard)
-    for i in range(_stuck_count):
-        found = found or _stuck[i].number == number and (_stuck[i].closes or not _stuck[i].changes)
-    pthread_mutex_unlock(&_guard)
-    return found
+    """Whether close(2) is likely to hang there, too: where a file system is only frozen, most do not."""
+    return _hangs(number, True)
 
 
 # ---- where a request is ----------------------------------------------------------------------------------------------

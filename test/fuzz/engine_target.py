@@ -286,15 +286,19 @@ class EngineTarget:
         """Requests on the event channel."""
         try:
             channel = self.session.event()
-            for op, flags, body in records(data):
+            said = list(records(data))
+            for op, flags, body in said:
                 message = wire.message(op, self._made_real(body), slot=EVENT_SLOT, sequence=flags >> 4, tag=op)
                 self._send(channel.connection, message, flags & AS_REPLY)
             channel.connection.send(wire.message(OPERATIONS["PING"], tag=1 << 60), PATIENCE_S)
             while self._receive(channel.connection).tag != 1 << 60:
                 pass
+            if all(op != OPERATIONS["DETACH"] for op, _, _ in said):
+                return  # else the PING was there already when the session ended
         except OSError:
-            self.session.lose_event()
-            self._rejoin()
+            pass
+        self.session.lose_event()
+        self._rejoin()
 
     def _say_spoil(self, data: bytes) -> None:
         """Words of a channel's line or area, overwritten while it is open; over a socket: bytes, and the end."""

@@ -81,8 +81,10 @@ def detach(connection: Connection, timeout_s: float, *, slot: int = 0) -> None:
     """
     deadline_s = time.monotonic() + timeout_s
     connection.send(encode(OPERATIONS["DETACH"], slot=slot), timeout_s)
-    while connection.receive(max(0.0, deadline_s - time.monotonic()))[0] != OPERATIONS["DETACH"]:
-        pass
+    while (left_s := deadline_s - time.monotonic()) > 0:
+        if connection.receive(left_s)[0] == OPERATIONS["DETACH"]:
+            return
+    raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))  # whoever answers there says other things only
 
 
 class Engine:

@@ -14,8 +14,8 @@ from qtfs_common.protocol cimport KILL_PRIVILEGES, MAX_NAME, MAX_PATH, MAX_XATTR
 from qtfs_server.identity cimport act_as_root, drop_fsetid
 from qtfs_server.includes.linux cimport AT_EACCESS, AT_EMPTY_PATH, AT_FDCWD, AT_NO_AUTOMOUNT, O_CLOEXEC, \
     O_DIRECTORY, O_RDONLY, S_IFLNK, STATX_BASIC_STATS, STATX_BTIME, SYS_faccessat2, UTIME_NOW, UTIME_OMIT, \
-    XATTR_CREATE, close, fchmodat, fchownat, fstatfs, ftruncate, getxattr, listxattr, openat, readlinkat, removexattr, setxattr, \
-    statfs_t, statx, statx_t, statx_timestamp, syncfs, syscall, timespec, truncate, utimensat
+    XATTR_CREATE, close, fchmodat, fchownat, fstatfs, ftruncate, getxattr, listxattr, openat, readlinkat, \
+    removexattr, setxattr, statfs_t, statx, statx_t, statx_timestamp, syncfs, syscall, timespec, truncate, utimensat
 from qtfs_server.operations.ourselves cimport link_not_ours
 from qtfs_server.operations.streams cimport is_special, show_as_stream
 from qtfs_server.policy cimport ALLOW_SETATTR, ALLOW_SETXATTR, ALLOW_WRITE

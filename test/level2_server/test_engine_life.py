@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import pytest
 from harness import wire
@@ -28,6 +28,7 @@ from qtfs_client.connection import HandshakeError, SessionLostError, detach
 from qtfs_common.addresses import Address, TcpAddress, connect_socket
 from qtfs_common.errors import ConnectError
 from qtfs_common.protocol import EVENT, MAGIC, OPERATIONS
+from qtfs_common.transport import Connection
 
 KEY = bytes(range(32))
 
@@ -535,6 +536,22 @@ def test_a_session_is_over_once_its_detach_is_answered(transport: str, slot: int
         detach(session.slot().connection if slot == 0 else session.event().connection, 10, slot=slot)
         assert engine.figures()["sessions"] == []
         session.disconnect()
+
+
+class _Talkative:
+    """The connection of an engine that always has something else to say."""
+
+    def send(self, data: bytes, timeout_s: float) -> None:
+        pass
+
+    def receive(self, timeout_s: float) -> tuple[int, ...]:
+        return (OPERATIONS["PING"], 1, 0, EVENT, 0, 0)
+
+
+@pytest.mark.timeout(20)
+def test_an_engine_that_says_other_things_for_ever_does_not_keep_a_detach() -> None:
+    with pytest.raises(TimeoutError):
+        detach(cast(Connection, _Talkative()), 0.2)
 
 
 def test_a_socket_that_is_shut_in_the_middle_of_a_reply(own: EngineProcess) -> None:

@@ -63,6 +63,7 @@ class MountProcess:
     def start(self) -> None:
         with contextlib.suppress(FileExistsError):  # not exist_ok: that asks the mount, and it may be dead
             self.point.mkdir()
+        left_behind = self._is_mounted()
         command = [sys.executable, *self._program, str(self.source), str(self.point), "-o", self.options]
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
@@ -73,10 +74,13 @@ class MountProcess:
             assert self.process is not None
             assert self.process.poll() is None, f"mount.qtfs ended:\n{self.log()}"
             # In this order: what a dead daemon left goes before the new mount comes.
-            return not self._is_dead() and str(self.point) in mounts_below(str(self.point))
+            return not (left_behind and self._is_dead()) and self._is_mounted()
 
         wait_until(ready, "the mount", START_TIMEOUT_S)
         os.stat(self.point)
+
+    def _is_mounted(self) -> bool:
+        return str(self.point) in mounts_below(str(self.point))
 
     def _is_dead(self) -> bool:
         """Whether a daemon that was killed has left the mount. Attributes might still be cached, this is not."""

@@ -25,6 +25,7 @@ _LOOKS = {
     p.LLFUSE: ("#cc79a7", True),
     p.SSHFS_UNCACHED: ("#e69f00", False),
     p.SSHFS: ("#e69f00", True),
+    p.NOTHING: ("#999999", False),
     p.BARE: ("#999999", True),
 }
 _STYLE = """text { font: 12px system-ui, sans-serif; fill: #222 } .title { font-size: 16px; font-weight: 600 }

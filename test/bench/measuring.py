@@ -69,6 +69,9 @@ def _measure_once(results: Results, op: Operation, name: str, place: Place, coun
     """What fails once is not tried again: it may take its time to fail."""
     if (op.name, name) in results.failures:
         return
+    if op.needs_files and not place.keeps:
+        results.samples[op.name][name].append(None)
+        return
     if not place.is_served:
         results.failures[op.name, name] = "a process behind it has ended"
         return

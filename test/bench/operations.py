@@ -28,13 +28,15 @@ _FIO_MS = 200
 class Operation:
     """`unit` says what a figure is: µs or ms per operation (less is better), or something per second.
 
-    `measure` gives None where the place cannot do it. `count`: how much of it makes one sample.
+    `measure` gives None where the place cannot do it. `count`: how much of it makes one sample. `needs_files`: of
+    a file system that keeps what it is given.
     """
 
     name: str
     unit: str
     measure: Callable[[Place, int], Sample | None]
     count: int
+    needs_files: bool = True
 
     @property
     def is_time(self) -> bool:
@@ -69,22 +71,26 @@ def _fio(mode: str, size: str, depth: int) -> Operation:
 
 
 LATENCIES = (
-    Operation("stat", "µs", calls.stat, 1000),
-    Operation("open + close", "µs", calls.open_close, 500),
-    Operation("open + read 4 KiB + close", "µs", calls.open_read_close, 500),
-    Operation("create + write 4 KiB + unlink", "µs", calls.create_write_unlink, 200),
-    Operation("mkdir + rmdir", "µs", calls.mkdir_rmdir, 200),
-    Operation(LISTING, "ms", calls.list_and_stat, 2),
-    Operation(RANDOM_READ, "µs", calls.random_read, 1000),
-    Operation(WRITE, "µs", calls.write, 500),
+    Operation("stat", "µs", calls.stat, 1000, needs_files=False),
+    Operation("open + close", "µs", calls.open_close, 500, needs_files=False),
+    Operation("open + read 4 KiB + close", "µs", calls.open_read_close, 500, needs_files=False),
+    Operation("create + write 4 KiB + unlink", "µs", calls.create_write_unlink, 200, needs_files=False),
+    Operation("mkdir + rmdir", "µs", calls.mkdir_rmdir, 200, needs_files=False),
+    Operation(LISTING, "ms", calls.list_and_stat, 2, needs_files=False),
+    Operation(RANDOM_READ, "µs", calls.random_read, 1000, needs_files=False),
+    Operation(WRITE, "µs", calls.write, 500, needs_files=False),
 )
 
 OPERATIONS = (
     *LATENCIES,
     Operation(STAT_AGAIN, "µs", calls.stat_again, 1000),
-    Operation(SEQUENTIAL_READ, "MB/s", throughput.sequential_read, calls.DATA_BYTES // MIB),
-    Operation(SEQUENTIAL_WRITE, "MB/s", throughput.sequential_write, calls.DATA_BYTES // MIB),
-    *(Operation(parallel(what, n), "1/s", work(n), all_) for what, (work, all_) in SHARED.items() for n in CLIENTS),
+    Operation(SEQUENTIAL_READ, "MB/s", throughput.sequential_read, calls.DATA_BYTES // MIB, needs_files=False),
+    Operation(SEQUENTIAL_WRITE, "MB/s", throughput.sequential_write, calls.DATA_BYTES // MIB, needs_files=False),
+    *(
+        Operation(parallel(what, n), "1/s", work(n), all_, needs_files=False)
+        for what, (work, all_) in SHARED.items()
+        for n in CLIENTS
+    ),
     *(_fio(mode, size, depth) for mode in ("randread", "randwrite") for size in _SIZES for depth in _DEPTHS),
     Operation("git clone", "ms", programs.git_clone, 1),
     Operation("git status", "ms", programs.git_status, 1),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import materials
+import nothing
 import passthrough
 import sshfs
 from daemons import Daemons, Unavailable
@@ -18,6 +19,7 @@ LLFUSE = "qtfs llfuse"
 SSHFS_UNCACHED = "sshfs uncached"
 SSHFS = "sshfs"
 PASSTHROUGH = "passthrough_ll"
+NOTHING = "nothing"
 BARE = "bare directory"
 
 
@@ -32,7 +34,7 @@ def default(transport: str) -> str:
 
 
 QTFS = tuple(name(transport) for transport in TRANSPORTS for name in (uncached, default))
-NAMES = (*QTFS, LLFUSE, SSHFS_UNCACHED, SSHFS, PASSTHROUGH, BARE)
+NAMES = (*QTFS, LLFUSE, SSHFS_UNCACHED, SSHFS, PASSTHROUGH, NOTHING, BARE)
 
 Mount = Callable[[Path, Path, contextlib.ExitStack], Daemons]
 
@@ -41,12 +43,14 @@ Mount = Callable[[Path, Path, contextlib.ExitStack], Daemons]
 class Peer:
     """A way to mount a backing directory on another; `mount` leaves on a stack how to undo it.
 
-    `mount_proc` does the same for /proc; None: this way cannot read files that say they are empty.
+    `mount_proc` does the same for /proc; None: this way cannot read files that say they are empty. `keeps`: what is
+    written there can be read again.
     """
 
     name: str
     mount: Mount | None
     mount_proc: Mount | None = None
+    keeps: bool = True
 
     def place(self, area: Path, stack: contextlib.ExitStack) -> Place:
         """A fresh directory below `area`, mounted, and /proc. Raises Unavailable."""
@@ -63,7 +67,8 @@ class Peer:
             daemons += self.mount_proc(Path("/proc"), proc, stack)
         shown = str(proc) if self.mount_proc else None
         # Two mounts may have one engine.
-        return Place(str(top), str(backing), shown, material, daemons.clients, tuple(set(daemons.servers)))
+        servers = tuple(set(daemons.servers))
+        return Place(str(top), str(backing), shown, material, daemons.clients, servers, self.keeps)
 
 
 def _material(area: Path) -> Path:
@@ -85,6 +90,7 @@ def _all_peers(area: Path) -> list[Peer]:
         Peer(SSHFS_UNCACHED, sshfs.mounter(*sshfs.UNCACHED), sshfs.mounter(*sshfs.UNCACHED, "direct_io")),
         Peer(SSHFS, sshfs.mounter(), sshfs.mounter("direct_io")),
         Peer(PASSTHROUGH, passthrough.mount),
+        Peer(NOTHING, nothing.mount, keeps=False),
         Peer(BARE, None),
     ]
 

@@ -28,6 +28,7 @@ class Place:
     """A directory to work in, and the same one as its server sees it; the server's /proc, if it can be read.
 
     `clients` and `servers` are the processes behind it, `material` is where materials.py left what programs need.
+    `keeps`: it is a file system that has again what was written, not nothing.c.
     """
 
     top: str
@@ -36,6 +37,7 @@ class Place:
     material: str
     clients: tuple[int, ...] = ()
     servers: tuple[int, ...] = ()
+    keeps: bool = True
 
     def path(self, name: str) -> str:
         return f"{self.top}/{name}"

@@ -119,11 +119,11 @@ def _ratios_table(results: Results, reference: str) -> Table:
 
 
 def _cpu_tables(results: Results) -> Iterator[Table]:
-    """One for each side; passthrough_ll is a client that has no server."""
+    """One for each side; passthrough_ll and nothing are clients that have no server."""
     what = "processor time of the {}, per operation (per MiB where something is in MB/s)"
     sides = {
         "client's daemon": (results.client_cpu_us, (p.BARE,)),
-        "server": (results.server_cpu_us, (p.BARE, p.PASSTHROUGH)),
+        "server": (results.server_cpu_us, (p.BARE, p.PASSTHROUGH, p.NOTHING)),
     }
     for side, (cpu_us, without) in sides.items():
         peers = [peer for peer in results.peers if peer not in without]

@@ -29,8 +29,8 @@ log = logging.getLogger(__name__)
 
 _FIRST_DELAY_S = 0.05
 _LONGEST_DELAY_S = 2.0
-#: Connections that may break in a row under one request before it is given up.
-_MAX_BREAKS = 8
+#: Connections that may break in a row under one request before it takes its time, and is given up at its timeout.
+_QUICK_BREAKS = 8
 #: How soon a waiting thread notices that the session is being closed.
 _SLICE_S = 0.5
 #: For one attempt to connect, so that the end of the session is noticed between two.
@@ -183,7 +183,8 @@ class Session:
 
     def _carry_through(self, slot: _Slot, request: _Request) -> tuple[int, bytes]:
         """Send a request until it is answered: (errno, body)."""
-        since_s = time.monotonic()
+        begun_s = since_s = time.monotonic()
+        delay_s = _FIRST_DELAY_S
         while True:
             if slot.connection is None:
                 self._connect(slot, since_s)
@@ -200,8 +201,10 @@ class Session:
                 log.debug("slot %d: %s", slot.index, failure)
                 slot.disconnect()
                 request.breaks += 1
-                if request.breaks > _MAX_BREAKS:
-                    raise _io_error() from failure
+                if request.breaks > _QUICK_BREAKS:
+                    if time.monotonic() - begun_s > self._timeout_s or self._closing.wait(delay_s):
+                        raise _io_error() from failure
+                    delay_s = min(delay_s * 2, _LONGEST_DELAY_S)
 
     def _number(self, slot: _Slot, request: _Request) -> None:
         """Give a request its number, or see that it may go out again under the one it has; else EIO."""

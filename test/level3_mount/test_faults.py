@@ -11,6 +11,7 @@ import itertools
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -68,7 +69,7 @@ def test_a_lost_reply_to_forget_answers_nothing_else(tmp_path: Path) -> None:
         assert os.listdir(line.here) == []
 
 
-#: More than a request is sent again for a caller whom it may as well be told of (exchange.pyx, MAX_ATTEMPTS).
+#: More than a request is sent again at once (exchange.pyx, QUICK_ATTEMPTS).
 MANY_CUTS = 12
 
 
@@ -90,6 +91,57 @@ def test_what_is_granted_is_counted_on_both_sides_after_many_cuts(tmp_path: Path
         os.unlink(line.there / "f")
         wait_until(lambda: len(lost) == MANY_CUTS, "all of them to be lost", 20)
         ends.check_nothing_is_open()
+
+
+class EachCut:
+    """A fault: every message of a kind is cut, at one byte further on each time, the first `most` of them."""
+
+    def __init__(self, where: str, operation: str, most: int = sys.maxsize) -> None:
+        self._kind = where, operation
+        self._most = most
+        self.cuts = 0
+
+    def __call__(self, message: Message) -> Cut | None:
+        if (message.where, message.operation) != self._kind or self.cuts == self._most:
+            return None
+        self.cuts += 1
+        return Cut(min(self.cuts - 1, message.length - 1))
+
+
+@pytest.mark.parametrize("driver", ["fuse3", "llfuse"])
+@pytest.mark.parametrize("where", ["request", "reply"])
+def test_many_cuts_in_a_row_delay_a_call_and_no_more(tmp_path: Path, where: str, driver: str) -> None:
+    with connected(tmp_path, f"driver={driver}") as line:
+        line.proxy.fault = fault = EachCut(where, "MKDIR", MANY_CUTS)
+        os.mkdir(line.there / "d")
+        assert fault.cuts == MANY_CUTS and os.listdir(line.here) == ["d"]
+
+
+@pytest.mark.parametrize("driver", ["fuse3", "llfuse"])
+def test_a_call_that_breaks_every_connection_ends_at_the_timeout_alone(tmp_path: Path, driver: str) -> None:
+    timeout_s = 2
+    with connected(tmp_path, f"driver={driver},timeout={timeout_s}") as line:
+        (line.here / "f").write_text("text")
+        line.proxy.fault = fault = EachCut("request", "MKDIR")
+        begun = time.monotonic()
+        with calling("mkdir", line.there / "d") as caller:
+            caller.go()
+            assert (line.there / "f").read_text() == "text"
+            assert caller.says(20) == "EIO"
+        assert time.monotonic() - begun >= timeout_s
+        # It took its time between two.
+        assert MANY_CUTS <= fault.cuts < 20
+        assert os.listdir(line.here) == ["f"]
+
+
+def test_a_call_that_breaks_every_connection_can_be_killed(tmp_path: Path) -> None:
+    with connected(tmp_path, "timeout=0") as line:
+        line.proxy.fault = fault = EachCut("request", "MKDIR")
+        with calling("mkdir", line.there / "d") as caller:
+            caller.go()
+            wait_until(lambda: fault.cuts >= MANY_CUTS, "many cuts")
+            assert caller.kill() < 1
+        assert os.listdir(line.here) == []
 
 
 def _append(line: Line) -> Callable[[], None]:

@@ -30,8 +30,10 @@ from qtfs_common.transport cimport WAIT_READABLE, WAIT_WOKEN, WAIT_WRITABLE, mes
 
 cdef enum:
     SLICE_US = 1000000              # longest sleep between two looks at interrupts and timeouts
-    MAX_ATTEMPTS = 8                # of one request, over connections that break one after the other
-    MOST_ATTEMPTS = 64              # of one whose caller does not wait, or that the server has executed
+    QUICK_ATTEMPTS = 8              # of one request, over connections that break one after the other; then it takes its time
+    MOST_ATTEMPTS = 64              # of one that nobody waits for
+    FIRST_PAUSE_US = 50000          # until the next attempt after those, doubled each time
+    LAST_PAUSE_US = 1000000
     PATIENCE_US = 120               # how long the next request may have to wait for us before somebody else takes it
     SPIN_CREDIT = 8                 # spins that may fail in a row before they are taken for useless
     SHARED_TURNS = 8                # shared with the engine, it seems, until we move
@@ -207,26 +209,41 @@ cdef int _new_session(worker *w) noexcept nogil:
     return -EIO if in_doubt and not w.repeatable else 0
 
 
-cdef bint _is_hopeless(const worker *w) noexcept nogil:
-    """Whether the request breaks every connection that it goes out by. What the server has granted is fetched all the same."""
-    if w.attempts <= MAX_ATTEMPTS or _has_to_arrive(w):
+cdef bint _is_hopeless(const worker *w, int64_t now) noexcept nogil:
+    """Whether the request breaks every connection that it goes out by, for as long as the server may be silent.
+
+    What the server has granted is fetched for longer.
+    """
+    if w.attempts <= QUICK_ATTEMPTS or _has_to_arrive(w):
         return False
-    return w.attempts > MOST_ATTEMPTS or not w.executed and not w.own
+    if w.own:
+        return w.attempts > MOST_ATTEMPTS
+    return w.mount.timeout_us > 0 and now - w.since_us > w.mount.timeout_us and \
+        (w.attempts > MOST_ATTEMPTS or not w.executed)
+
+
+cdef int64_t _pause_us(const worker *w) noexcept nogil:
+    """How long the next attempt waits, so that what breaks connections does not keep both sides busy with it."""
+    if w.attempts <= QUICK_ATTEMPTS:
+        return 0
+    return min(<int64_t>FIRST_PAUSE_US << min(w.attempts - QUICK_ATTEMPTS - 1, 8), <int64_t>LAST_PAUSE_US)
 
 
 cdef int _take_fresh(worker *w) noexcept nogil:
     """Go on over the manager's fresh channel: 0; -EIO: the request cannot be sent again; -EINTR: nobody waits."""
     cdef int status
+    cdef int64_t now = now_us()
     w.link.ch = w.link.fresh
     store_int(&w.link.link, LINK_UP)
     w.renewals_seen = load_int(&w.mount.renewals)
     w.suspect_us = 0
     w.attempts += 1
+    w.paused_until_us = now + _pause_us(w)
     if w.link.fresh_epoch != w.link.epoch:
         status = _new_session(w)
     else:
         status = _same_session(w)
-        if status == 0 and _is_hopeless(w):
+        if status == 0 and _is_hopeless(w, now):
             status = -EIO
     w.phase = PHASE_BUILD
     return status
@@ -317,6 +334,10 @@ cdef int64_t _slice_us(worker *w, int64_t now) noexcept nogil:
     return min(left, <int64_t>SLICE_US) if left > 0 else SLICE_US
 
 
+cdef bint _is_paused(const worker *w, int64_t now) noexcept nogil:
+    return w.phase == PHASE_BUILD and now < w.paused_until_us
+
+
 cdef void _sleep_unconnected(worker *w, int64_t timeout_us) noexcept nogil:
     cdef pollfd fds
     fds.fd = w.link.wake_fd
@@ -340,6 +361,10 @@ cdef int _wait(worker *w) noexcept nogil:
         if load_int(&w.mount.down) and not w.answered and not w.own:
             _answer_early(w, EIO)
         _sleep_unconnected(w, _slice_us(w, now))
+        return 0
+    if _is_paused(w, now):
+        hand_over(w)
+        _sleep_unconnected(w, min(_slice_us(w, now), w.paused_until_us - now))
         return 0
     seen = w.link.ch.ops.wait(w.link.ch, WAIT_READABLE if w.phase == PHASE_SENT else WAIT_WRITABLE, w.link.wake_fd,
                               w.mount.device if w.owes else -1, _slice_us(w, now))
@@ -367,7 +392,7 @@ cdef int _advance(worker *w, builder build, message *reply) noexcept nogil:
             return status
     if w.phase == PHASE_BUILD and load_int(&w.link.link) == LINK_UP:
         _look_at_channel(w, reply)
-    if load_int(&w.link.link) != LINK_UP:
+    if load_int(&w.link.link) != LINK_UP or w.attempts > QUICK_ATTEMPTS and _is_paused(w, now_us()):
         return 0
     if w.phase != PHASE_SENT:
         status = _send(w, build)
@@ -383,6 +408,7 @@ cdef int _converse(worker *w, builder build, message *reply) noexcept nogil:
     w.phase = PHASE_BUILD
     w.begun = w.executed = False
     w.attempts = 0
+    w.paused_until_us = 0
     w.suspect_us = 0
     w.sequence += 1
     w.asked_us = now_us()

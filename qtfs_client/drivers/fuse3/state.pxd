@@ -121,6 +121,7 @@ cdef struct worker:
     bint repeatable                 # it may be executed twice
     bint own                        # no caller waits for it
     int attempts
+    int64_t paused_until_us         # the next one waits so long
     int64_t asked_us
     uint64_t asked_node             # what build_special_access asks about
     uint32_t asked_mask

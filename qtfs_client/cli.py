@@ -135,21 +135,6 @@ def _signals_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _ask_soon(options: MountOptions) -> None:
-    """Ask as wait_for_answer does, where nobody waits for it: what is known of the root is told even when it hangs."""
-
-    def ask() -> None:
-        with contextlib.suppress(OSError):
-            os.statvfs(options.mountpoint)
-            os.stat(options.mountpoint)
-
-    try:
-        # A thread of its own, since it waits for this very process to serve.
-        threading.Thread(target=ask, name="root", daemon=True).start()
-    except RuntimeError as error:
-        log.warning("the root is not asked for its attributes: %s", error)
-
-
 def _serve(options: MountOptions, ready: Callable[[], None]) -> int:
     """Mount, say so by `ready`, and serve until unmounted. The exit status, with the reason on stderr."""
     try:
@@ -197,7 +182,7 @@ def _run(options: MountOptions) -> int:
     if options.fake:
         return MountExit.SUCCESS
     if options.foreground:
-        return _serve(options, lambda: _ask_soon(options))
+        return _serve(options, lambda: None)
     return _mount_in_background(options)
 
 

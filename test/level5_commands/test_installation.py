@@ -188,10 +188,11 @@ def test_the_sdist_has_everything_that_a_build_needs(distributions: tuple[Path, 
     packages = [path.parent.name for path in CHECKOUT.glob("*/__init__.py") if path.parent.name != "test"]
     assert {"qtfs_common", "qtfs_server", "qtfs_client"} <= set(packages)
     kept = {"", ".py", ".pyx", ".pxd", ".h"}
-    tracked = run("git", "-c", "safe.directory=*", "-C", CHECKOUT, "ls-files", *packages).stdout.split()
-    assert {name for name in tracked if Path(name).suffix in kept} <= names
+    tracked = set(run("git", "-c", "safe.directory=*", "-C", CHECKOUT, "ls-files").stdout.split())
+    wanted = {name for name in tracked if Path(name).parts[0] in packages and Path(name).suffix in kept}
+    assert wanted and wanted <= names
     assert {"LICENSE", "README.md", "pyproject.toml", "setup.py", "Makefile", "config/qtfs/whitelist"} <= names
-    assert not {name for name in names if name.endswith((".so", ".c", ".pyc"))}
+    assert not {name for name in names - tracked if name.endswith((".so", ".c", ".pyc"))}
 
 
 def test_the_wheel(distributions: tuple[Path, Path]) -> None:

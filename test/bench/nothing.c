@@ -16,7 +16,7 @@
 #include <string.h>
 #include <sys/stat.h>
 
-enum { ROOT = FUSE_ROOT_ID, MANY, FIRST_NAME, NAMES = 64, FIRST_OF_MANY = FIRST_NAME + NAMES, MANY_FILES = 1000 };
+enum { MANY = FUSE_ROOT_ID + 1, FIRST_NAME, NAMES = 64, FIRST_OF_MANY = FIRST_NAME + NAMES, MANY_FILES = 1000 };
 
 static const off_t FILE_BYTES = 64 << 20;
 static char zeros[1 << 20];
@@ -34,10 +34,10 @@ static struct stat attributes(fuse_ino_t node)
     return st;
 }
 
-/* The node of a name in the root, there or not; 0: the table is full. */
+/* The node of a name in the root, there or not; 0: the table is full, or the name is too long. */
 static fuse_ino_t node_of(const char *text)
 {
-    for (int i = 0; i < NAMES; i++) {
+    for (int i = 0; i < NAMES && strlen(text) < sizeof(names[i].text); i++) {
         if (names[i].text[0] == '\0')
             snprintf(names[i].text, sizeof(names[i].text), "%s", text);
         if (strcmp(names[i].text, text) == 0)
@@ -48,8 +48,10 @@ static fuse_ino_t node_of(const char *text)
 
 static fuse_ino_t look_up(fuse_ino_t parent, const char *text)
 {
+    unsigned number;
+
     if (parent == MANY)
-        return FIRST_OF_MANY + strtoul(text + strlen("file"), NULL, 10);
+        return sscanf(text, "file%u", &number) == 1 && number < MANY_FILES ? FIRST_OF_MANY + number : 0;
     if (strcmp(text, "many") == 0)
         return MANY;
     fuse_ino_t node = node_of(text);

@@ -21,7 +21,7 @@ import pytest
 from calling import Caller, calling
 from harness.ends import Ends
 from harness.engine_process import TRANSPORTS, EngineProcess, everything_below
-from harness.fault_proxy import Cut, Fault, Message, once, stop, stopped
+from harness.fault_proxy import Cut, Fault, Message, no_fault, once, stop, stopped
 from harness.leaks import environment
 from harness.mounts import MountProcess
 from harness.waiting import wait_until
@@ -71,6 +71,7 @@ def test_a_lost_reply_to_forget_answers_nothing_else(tmp_path: Path) -> None:
 
 #: More than a request is sent again at once (exchange.pyx, QUICK_ATTEMPTS).
 MANY_CUTS = 12
+LONGEST_PAUSE_S = 1.0  # exchange.pyx, LAST_PAUSE_US
 
 
 @pytest.mark.parametrize(("where", "operation"), [("reply", "LOOKUP"), ("request", "FORGET")])
@@ -119,7 +120,7 @@ def test_many_cuts_in_a_row_delay_a_call_and_no_more(tmp_path: Path, where: str,
 
 @pytest.mark.parametrize("driver", ["fuse3", "llfuse"])
 def test_a_call_that_breaks_every_connection_ends_at_the_timeout_alone(tmp_path: Path, driver: str) -> None:
-    timeout_s = 2
+    timeout_s = 4
     with connected(tmp_path, f"driver={driver},timeout={timeout_s}") as line:
         (line.here / "f").write_text("text")
         line.proxy.fault = fault = EachCut("request", "MKDIR")
@@ -140,7 +141,13 @@ def test_a_call_that_breaks_every_connection_can_be_killed(tmp_path: Path) -> No
         with calling("mkdir", line.there / "d") as caller:
             caller.go()
             wait_until(lambda: fault.cuts >= MANY_CUTS, "many cuts")
+            before = line.proxy.count("reply", "ATTACH")
+            # Then there is a channel, over which nothing is sent for a while.
+            wait_until(lambda: line.proxy.count("reply", "ATTACH") > before, "a new channel")
             assert caller.kill() < 1
+        line.proxy.fault = no_fault
+        time.sleep(LONGEST_PAUSE_S + 0.3)  # what nobody waits for is not done late: this is what is tested
+        assert line.proxy.count("request", "MKDIR") == 0
         assert os.listdir(line.here) == []
 
 

@@ -31,7 +31,7 @@ from qtfs_common.transport cimport WAIT_READABLE, WAIT_WOKEN, WAIT_WRITABLE, mes
 cdef enum:
     SLICE_US = 1000000              # longest sleep between two looks at interrupts and timeouts
     QUICK_ATTEMPTS = 8              # of one request, over connections that break one after the other; then it takes its time
-    MOST_ATTEMPTS = 64              # of one that nobody waits for
+    MOST_ATTEMPTS = 64              # of one that nobody waits for, or that was executed and is beyond its timeout
     FIRST_PAUSE_US = 50000          # until the next attempt after those, doubled each time
     LAST_PAUSE_US = 1000000
     PATIENCE_US = 120               # how long the next request may have to wait for us before somebody else takes it
@@ -186,6 +186,11 @@ cdef bint _has_to_be_finished(worker *w) noexcept nogil:
         w.begun and w.row.flags & (MAKES_ENTRY | MAKES_HANDLE | MAKES_ENTRIES) != 0
 
 
+cdef bint _is_not_wanted(const worker *w) noexcept nogil:
+    """Whether what the server has not executed need not be sent again: the caller has its answer."""
+    return w.answered and not w.executed and not w.own and not _has_to_arrive(w)
+
+
 cdef int _same_session(worker *w) noexcept nogil:
     """The slot lives on, and the server told how far it came. 0 or as _take_fresh."""
     cdef uint64_t accepted = w.link.fresh_sequence, asked = w.sequence
@@ -193,7 +198,7 @@ cdef int _same_session(worker *w) noexcept nogil:
     if w.executed:
         return 0                        # the server answers again what it answered before
     w.sequence = accepted + 1
-    if w.answered and not w.own and not _has_to_arrive(w):
+    if _is_not_wanted(w):
         return -EINTR
     return 0 if not w.begun or asked == accepted + 1 else -EIO
 
@@ -347,7 +352,7 @@ cdef void _sleep_unconnected(worker *w, int64_t timeout_us) noexcept nogil:
 
 
 cdef int _wait(worker *w) noexcept nogil:
-    """Sleep until something happens. 0; -ENODEV: the mount ends; -EIO: the server is out of reach."""
+    """Sleep until something happens. 0; -ENODEV: the mount ends; -EIO: the server is out of reach; -EINTR: nobody waits."""
     cdef int64_t now = now_us()
     cdef int seen
     if load_int(&w.mount.stopping):
@@ -363,6 +368,8 @@ cdef int _wait(worker *w) noexcept nogil:
         _sleep_unconnected(w, _slice_us(w, now))
         return 0
     if _is_paused(w, now):
+        if _is_not_wanted(w):
+            return -EINTR
         hand_over(w)
         _sleep_unconnected(w, min(_slice_us(w, now), w.paused_until_us - now))
         return 0

@@ -8,7 +8,7 @@ import socket
 import stat
 from typing import Any
 
-from kit import as_user, brief, getdents, listing, outcome, renameat2
+from kit import as_user, brief, getdents, listing, many, outcome, renameat2
 
 NOREPLACE, EXCHANGE, WHITEOUT = 1, 2, 4
 
@@ -140,9 +140,9 @@ def hard_links() -> Any:
 
 def many_hard_links() -> Any:
     touch("0")
-    for number in range(1, 300):
+    for number in range(1, many(300)):
         os.link("0", str(number))
-    for number in range(0, 300, 2):
+    for number in range(0, many(300), 2):
         os.unlink(str(number))
     return brief("1"), len({os.stat(name).st_ino for name in os.listdir()})
 
@@ -315,7 +315,7 @@ def rename_replaces_what_is_open() -> Any:
 
 
 def listing_at_any_buffer_size() -> Any:
-    names = [f"{number:03}" + "x" * (number * 7 % 250) for number in range(200)]
+    names = [f"{number:03}" + "x" * (number * 7 % 250) for number in range(many(200))]
     for name in names:
         touch(name)
     expected = sorted(name.encode() for name in [*names, ".", ".."])
@@ -339,7 +339,7 @@ def seekdir_returns_to_any_place() -> Any:
     libc = ctypes.CDLL(None, use_errno=True)
     libc.opendir.restype = libc.readdir.restype = ctypes.c_void_p
     libc.telldir.restype = ctypes.c_long
-    for number in range(300):
+    for number in range(many(300)):
         touch(f"{number:04}")
     stream = ctypes.c_void_p(libc.opendir(b"."))
 
@@ -355,7 +355,7 @@ def seekdir_returns_to_any_place() -> Any:
         places.append(place)
         names.append(name)
     good = []
-    for at in (250, 0, 1, 150, 299, 17):
+    for at in map(many, (250, 0, 1, 150, 299, 17)):
         libc.seekdir(stream, ctypes.c_long(places[at]))
         good.append(next_name() == names[at] and next_name() == names[at + 1])
     libc.rewinddir(stream)
@@ -366,7 +366,7 @@ def seekdir_returns_to_any_place() -> Any:
 
 def listing_while_names_come_and_go() -> Any:
     """What is there all the time is seen exactly once."""
-    for number in range(400):
+    for number in range(many(400)):
         touch(f"stay-{number}")
         touch(f"go-{number}")
     seen = []
@@ -376,7 +376,7 @@ def listing_while_names_come_and_go() -> Any:
         if not block:
             break
         seen += [name for *_, name in block]
-        if round_ < 40:
+        if round_ < many(40):
             for number in range(round_ * 10, round_ * 10 + 10):
                 os.unlink(f"go-{number}")
                 touch(f"new-{number}")
@@ -389,7 +389,7 @@ def listing_while_names_come_and_go() -> Any:
 
 def removing_while_listing() -> Any:
     os.mkdir("d")
-    for number in range(1000):
+    for number in range(many(1000)):
         touch(f"d/{number}")
     with os.scandir("d") as entries:
         for entry in entries:

@@ -18,8 +18,8 @@ from harness.waiting import wait_until
 
 HERE = Path(__file__).resolve().parent
 LEVEL3 = HERE.parent / "level3_mount"
-#: The promise is three minutes. They take 23 to 101 s beside a program that computes; a machine may have more to do.
-TIMEOUT_S = 300.0
+#: Far beyond the minute that they take: emulation was seen to take ten times as long on some machines.
+TIMEOUT_S = 900.0
 BAR_BYTES = 64 << 20
 GRACE_S = 5
 

@@ -3,16 +3,20 @@
 libfuse makes the mount and takes it down; the requests of /dev/fuse are read by the driver itself.
 Sources: fuse_lowlevel.h, fuse_log.h, mount.fuse3(8), setns(2).
 """
-from libc.errno cimport errno
-from libc.stdint cimport uint32_t, uint64_t
-from libc.string cimport memset
+from libc.errno cimport EMFILE, errno
+from libc.stdint cimport uint64_t
+from libc.string cimport memcpy, memset
 
+from qtfs_client.drivers.apart cimport call_apart, close_all_but, look_up, place
+from qtfs_client.includes.linux cimport iovec
 from qtfs_common.includes.polling cimport POLLERR, poll, pollfd
 
 import os
+import socket
 import threading
 
 from qtfs_client.drivers import MountError
+from qtfs_client.drivers.apart import take_away
 
 cdef extern from *:
     """
@@ -29,47 +33,38 @@ cdef extern from "<stdarg.h>" nogil:
 cdef extern from "<stdio.h>" nogil:
     int vsnprintf(char *, size_t, const char *, va_list)
 
-cdef enum:
-    MAX_HANDLE_BYTES = 128          # MAX_HANDLE_SZ
-    FILEID_INO64_GEN = 0x81
-
 cdef extern from "<fcntl.h>" nogil:
-    struct file_handle:
-        unsigned int handle_bytes
-        int handle_type
-    int name_to_handle_at(int, const char *, file_handle *, int *, int)
     enum:
-        AT_FDCWD
         O_CLOEXEC
-
-    enum:
         O_DIRECTORY
         O_RDONLY
     int open(const char *, int)
 
 cdef extern from "<unistd.h>" nogil:
-    enum:
-        _SC_OPEN_MAX
     int close(int)
     int dup2(int, int)
     void _exit(int)
     int fork()
     int pipe2(int *, int)
     int syncfs(int)
-    long syscall(long, ...)
-    long sysconf(int)
 
-cdef extern from "<sys/syscall.h>" nogil:
+cdef extern from "<sys/socket.h>" nogil:
     enum:
-        SYS_close_range
-
-cdef extern from "<sys/stat.h>" nogil:
-    enum:
-        AT_STATX_DONT_SYNC
-    struct statx_t "statx":
-        uint32_t stx_dev_major
-        uint32_t stx_dev_minor
-    int statx(int, const char *, int, unsigned int, statx_t *)
+        SCM_RIGHTS
+        SOL_SOCKET
+    ctypedef unsigned int socklen_t
+    struct cmsghdr:
+        size_t cmsg_len
+        int cmsg_level
+        int cmsg_type
+    struct msghdr:
+        iovec *msg_iov
+        size_t msg_iovlen
+        void *msg_control
+        size_t msg_controllen
+    size_t CMSG_LEN(size_t)
+    void *CMSG_DATA(cmsghdr *)
+    ssize_t sendmsg(int, const msghdr *, int)
 
 cdef extern from "<sched.h>" nogil:
     enum:
@@ -138,6 +133,14 @@ cdef fuse_session *_new_session(list arguments) except NULL:
     return session
 
 
+cdef fuse_session *_prepare(options) except NULL:
+    """A session with words and key=value for mount.fuse3(8); what libfuse complains of from now on is noted."""
+    fuse_set_log_func(_note_complaint)
+    _complaint[0] = 0
+    text = ",".join([escape_option(option) for option in options])
+    return _new_session([b"mount.qtfs", b"-o", os.fsencode(text)])
+
+
 cdef void _free_without_unmounting(fuse_session *session) noexcept nogil:
     """Destroy a session with all that it keeps. Its mount point may be another's by now.
 
@@ -164,10 +167,7 @@ cdef class FuseMount:
         cdef const char *path_text = path
         cdef int status
         self.lock = threading.Lock()
-        fuse_set_log_func(_note_complaint)
-        _complaint[0] = 0
-        text = ",".join([escape_option(option) for option in options])
-        self.session = _new_session([b"mount.qtfs", b"-o", os.fsencode(text)])
+        self.session = _prepare(options)
         with nogil:
             status = fuse_session_mount(self.session, path_text)
         if status != 0:
@@ -219,6 +219,81 @@ cdef class FuseMount:
             fuse_session_destroy(self.session)
 
 
+# ---- a mount below another one of ours -------------------------------------------------------------------------------
+
+cdef struct attachment:             # what `_attach_apart` does, and what came of it
+    fuse_session *session
+    const char *mountpoint
+    int socket                      # what the device goes out through
+    int status
+    place at
+
+
+cdef int _send_descriptor(int socket, int fd) noexcept nogil:
+    """unix(7), SCM_RIGHTS. 0, or below."""
+    cdef uint64_t room[8]
+    cdef cmsghdr *head = <cmsghdr *>room
+    cdef msghdr message
+    cdef iovec part
+    memset(&message, 0, sizeof(message))
+    part.iov_base = <void *>b"d"
+    part.iov_len = 1
+    message.msg_iov = &part
+    message.msg_iovlen = 1
+    message.msg_control = room
+    message.msg_controllen = CMSG_LEN(sizeof(int))
+    head.cmsg_len = CMSG_LEN(sizeof(int))
+    head.cmsg_level = SOL_SOCKET
+    head.cmsg_type = SCM_RIGHTS
+    memcpy(CMSG_DATA(head), &fd, sizeof(int))
+    return 0 if sendmsg(socket, &message, 0) == 1 else -1
+
+
+cdef void _attach_apart(void *argument) noexcept nogil:
+    """Mount, and send the device. After success nothing is left of libfuse's session, whose descriptor is not ours."""
+    cdef attachment *mount = <attachment *>argument
+    mount.status = fuse_session_mount(mount.session, mount.mountpoint)
+    if mount.status != 0:
+        return
+    mount.at.path = mount.mountpoint
+    look_up(&mount.at)
+    mount.status = _send_descriptor(mount.socket, fuse_session_fd(mount.session))
+    if mount.status == 0:
+        _free_without_unmounting(mount.session)
+        mount.session = NULL
+    else:
+        fuse_session_unmount(mount.session)
+
+
+def mount_apart(str mountpoint, options) -> tuple[int, int]:
+    """FuseMount for a mount point to which the way may lead through mounts of ours: the device, which is the caller's,
+    and the number of the mount in our mountinfo. Raises MountError, OSError."""
+    cdef bytes path = os.fsencode(mountpoint)
+    cdef attachment mount
+    cdef int status
+    memset(&mount, 0, sizeof(mount))
+    mount.mountpoint = path
+    mount.session = _prepare(options)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        mount.socket = theirs.fileno()
+        with nogil:
+            status = call_apart(_attach_apart, &mount, mount.socket)
+        if mount.session != NULL:
+            fuse_session_destroy(mount.session)
+            if status < 0:
+                raise OSError(-status, os.strerror(-status), mountpoint)
+            raise MountError(f"{mountpoint}: cannot mount: {_take_complaint()}")
+        _, fds, _, _ = socket.recv_fds(ours, 1, 1)
+    if not fds:
+        take_away(mountpoint, mount.at.mount_id)
+        raise OSError(EMFILE, os.strerror(EMFILE), mountpoint)
+    os.set_inheritable(fds[0], False)
+    return fds[0], mount.at.mount_id
+
+
+# ---- descriptors, and what is dirty ----------------------------------------------------------------------------------
+
 def close_under(int fd) -> None:
     """Close what a descriptor stands for and keep its number, for threads that may still use it."""
     null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
@@ -231,9 +306,7 @@ def close_under(int fd) -> None:
 cdef void _write_back(const char *path) noexcept nogil:
     """What a child does: with none of our descriptors, as one on /dev/fuse would keep everybody waiting when we are killed."""
     cdef int fd
-    if syscall(SYS_close_range, 0, ~<unsigned int>0, 0) < 0:
-        for fd in range(<int>sysconf(_SC_OPEN_MAX)):        # before Linux 5.9
-            close(fd)
+    close_all_but(-1)
     fd = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC)
     _exit(0 if fd >= 0 and syncfs(fd) == 0 else 1)
 
@@ -253,37 +326,6 @@ def start_writing_back(str mountpoint) -> int:
     if pid < 0:
         raise OSError(errno, os.strerror(errno))
     return pid
-
-
-def device_number(str path) -> str:
-    """MAJOR:MINOR of the file system that a path leads to, as the kernel knows it: nobody is asked. Raises OSError."""
-    cdef bytes name = os.fsencode(path)
-    cdef const char *text = name
-    cdef statx_t found
-    cdef int status
-    with nogil:
-        status = statx(AT_FDCWD, text, AT_STATX_DONT_SYNC, 0, &found)
-    if status < 0:
-        raise OSError(errno, os.strerror(errno), path)
-    return f"{found.stx_dev_major}:{found.stx_dev_minor}"
-
-
-def node_of(str directory) -> int:
-    """The node id that the kernel has for a directory of a FUSE file system; 0: there is none.
-
-    It is in the file handle, FILEID_INO64_GEN of <linux/exportfs.h>: two words of the node, one of its generation.
-    """
-    cdef bytes path = os.fsencode(directory)
-    cdef const char *text = path
-    cdef uint32_t room[34]          # header and MAX_HANDLE_BYTES
-    cdef file_handle *found = <file_handle *>room
-    cdef int mount_id = 0, status
-    found.handle_bytes = MAX_HANDLE_BYTES
-    with nogil:
-        status = name_to_handle_at(AT_FDCWD, text, found, &mount_id, 0)
-    if status < 0 or found.handle_type != FILEID_INO64_GEN:
-        return 0
-    return <uint64_t>room[2] << 32 | room[3]
 
 
 def enter_mount_namespace(str namespace) -> None:

@@ -27,7 +27,7 @@ from kit import outcome
 from lockers import lockers
 from pairs import Pair, mounted
 
-from qtfs_client.drivers.mounting import node_of
+from qtfs_client.drivers.apart import place_of
 
 pytestmark = pytest.mark.root
 
@@ -370,8 +370,8 @@ def test_an_inode_number_that_lives_again_is_one_node(tmp_path: Path, transport:
         pair.replace_engine()  # nobody has it open any more
         (here / "before").unlink()
         again = _number_again(here, number).name
-        known = node_of(str(there / again))
+        known = place_of(str(there / again)).node
         pair.replace_engine()
         os.link(there / again, there / "link")
-        assert node_of(str(there / "link")) == known
+        assert place_of(str(there / "link")).node == known
         assert os.lstat(there / again).st_nlink == os.lstat(there / "link").st_nlink == 2

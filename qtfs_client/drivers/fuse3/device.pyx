@@ -78,7 +78,7 @@ cdef void forget_cached_attributes(mount_state *m, uint64_t node) noexcept nogil
     write_reply(m.device, 0, FUSE_NOTIFY_INVAL_INODE, &what, sizeof(what), NULL, 0)
 
 
-cdef void expire_name(mount_state *m, uint64_t directory, const char *name, size_t name_bytes) noexcept nogil:
+cdef void expire_name(mount_state *m, int device, uint64_t directory, const char *name, size_t name_bytes) noexcept nogil:
     """Make the kernel look a NUL-terminated name up again before it trusts it; what stands there stays usable.
 
     Kernels before 6.2 do not know the flag and drop the name. It waits for operations on the directory to end.
@@ -88,7 +88,7 @@ cdef void expire_name(mount_state *m, uint64_t directory, const char *name, size
     what.namelen = <uint32_t>name_bytes
     what.flags = FUSE_EXPIRE_ONLY
     add_u64(&m.invalidations, 1)
-    write_reply(m.device, 0, FUSE_NOTIFY_INVAL_ENTRY, &what, sizeof(what), name, name_bytes + 1)
+    write_reply(device, 0, FUSE_NOTIFY_INVAL_ENTRY, &what, sizeof(what), name, name_bytes + 1)
 
 
 cdef void show_size(mount_state *m, uint64_t node, uint64_t size) noexcept nogil:

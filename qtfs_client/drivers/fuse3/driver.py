@@ -19,10 +19,11 @@ from pathlib import Path
 
 from qtfs_client.connection import Engine, HandshakeError, SessionLostError, Ticket, detach
 from qtfs_client.drivers import mount_options
+from qtfs_client.drivers.apart import place_of, take_away
 from qtfs_client.drivers.fuse3.following import Follower
 from qtfs_client.drivers.fuse3.mount import EVENT_LINE, Mount
 from qtfs_client.drivers.fuse3.special import special_rules
-from qtfs_client.drivers.mounting import FuseMount, device_number, start_writing_back
+from qtfs_client.drivers.mounting import FuseMount, mount_apart, start_writing_back
 from qtfs_client.options import MountOptions
 from qtfs_common.errors import ConnectError, QtfsError
 from qtfs_common.protocol import EVENT
@@ -54,7 +55,7 @@ def _read_ahead(mountpoint: str, size: int) -> None:
     user than root, it stays at 128 KiB.
     """
     with contextlib.suppress(OSError):
-        Path(f"/sys/class/bdi/{device_number(mountpoint)}/read_ahead_kb").write_text(f"{size >> 10}\n")
+        Path(f"/sys/class/bdi/{place_of(mountpoint).device}/read_ahead_kb").write_text(f"{size >> 10}\n")
 
 
 @contextlib.contextmanager
@@ -135,13 +136,36 @@ class Fuse3Driver:
 
     def mount(self) -> None:
         """Attach the file system to the mount point and agree with the kernel on the protocol. Raises MountError."""
+        self._attached = FuseMount(self._options.mountpoint, self._wanted)
+        self._take(self._attached.device())
+        if self._options.special == "remote" and not self.mounted.special_remote:
+            log.warning("/proc/PID/syscall cannot be read: FIFOs and devices work as with special=local")
+        if not self.mounted.has_triage:
+            log.warning("this kernel cannot clone /dev/fuse: signals may wait while all channels are busy")
+
+    def mount_child(self) -> int:
+        """The same for a child; the number of the mount in our mountinfo. Raises MountError, OSError."""
+        device, number = mount_apart(self._options.mountpoint, self._wanted)
+        try:
+            self._take(device)
+        except BaseException:
+            take_away(self._options.mountpoint, number)
+            raise
+        return number
+
+    @property
+    def _wanted(self) -> list[str]:
+        """For libfuse."""
+        max_read = min(self._options.max_read, self._ticket.max_payload)
+        return [*mount_options(self._options), f"max_read={max_read}"]
+
+    def _take(self, device: int) -> None:
+        """Serve a device, from INIT on."""
         options = self._options
         channels = self._ticket.slots - (1 if options.propagate and not self._is_child else 0)
         threads = min(options.channels, channels)
-        wanted = [*mount_options(options), f"max_read={min(options.max_read, self._ticket.max_payload)}"]
-        self._attached = FuseMount(options.mountpoint, wanted)
         self._mount = Mount(
-            self._attached.device(),
+            device,
             cache=options.cache,
             channels=threads,
             spare_channels=channels - threads,
@@ -155,10 +179,6 @@ class Fuse3Driver:
         )
         self._mount.negotiate()
         _read_ahead(options.mountpoint, min(options.max_read, _READ_AHEAD))
-        if options.special == "remote" and not self._mount.special_remote:
-            log.warning("/proc/PID/syscall cannot be read: FIFOs and devices work as with special=local")
-        if not self._mount.has_triage:
-            log.warning("this kernel cannot clone /dev/fuse: signals may wait while all channels are busy")
 
     def serve(self) -> None:
         """Answer the kernel until the file system is unmounted."""

@@ -19,7 +19,6 @@ import logging
 import os
 import resource
 import select
-import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,8 +26,8 @@ from typing import TYPE_CHECKING
 
 from qtfs_client.connection import Engine, HandshakeError, encode
 from qtfs_client.drivers import MountError
-from qtfs_client.drivers.mounting import node_of
-from qtfs_client.mountpoint import PROC, detach, mount_id
+from qtfs_client.drivers.apart import place_of, take_away
+from qtfs_client.mountpoint import PROC
 from qtfs_client.options import MountOptions
 from qtfs_client.remote_host import RemoteHost
 from qtfs_common import mountinfo, remote_calls
@@ -284,7 +283,7 @@ class Follower:
         self._attempts[key] = self._attempts.get(key, 0) + 1
         try:
             self._look_up_again(record.path, options.mountpoint)
-            if not stat.S_ISDIR(os.stat(options.mountpoint).st_mode):
+            if not place_of(options.mountpoint).is_directory:
                 self._dismissed.add(key)  # a file that is mounted on a file needs no mount to be seen
                 return
             child = self._mounted(record, options)
@@ -304,7 +303,7 @@ class Follower:
         above = [child for child in self._children.values() if _is_below(path, child.record.path)]
         driver = max(above, key=lambda child: len(child.record.path)).driver if above else self._main
         directory, name = os.path.split(mountpoint)
-        driver.mounted.expire_name(node_of(directory), os.fsencode(name))
+        driver.mounted.expire_name(place_of(directory).node, os.fsencode(name))
 
     def _note_failure(self, key: tuple[bytes, int], source: str, error: Exception) -> None:
         """Try again if it may be that the server's mount was just going; otherwise say so, once."""
@@ -323,8 +322,7 @@ class Follower:
         )
         driver = type(self._main)(options, self._engine, *session, is_child=True)
         try:
-            driver.mount()
-            return _Child(record, options.mountpoint, driver, mount_id(options.mountpoint), interruptions)
+            return _Child(record, options.mountpoint, driver, driver.mount_child(), interruptions)
         except BaseException:
             driver.close()
             raise
@@ -371,7 +369,8 @@ class Follower:
         for child in removed:
             self._deafen(child.driver.mounted.device_fd)
             self._deafen(child.driver.mounted.changes_fd)
-            _take_away(child)
+            with contextlib.suppress(OSError):
+                take_away(child.path, child.local_id)
             child.driver.end()
         if removed:
             self._closing = [thread for thread in self._closing if thread.is_alive()]
@@ -391,13 +390,6 @@ class Follower:
 def _is_below(path: bytes, directory: bytes) -> bool:
     """Whether a relative path lies below another."""
     return path.startswith(directory + b"/")
-
-
-def _take_away(child: _Child) -> None:
-    """Unmount a child if it is still there. The way to it may have led the kernel to do so."""
-    with contextlib.suppress(OSError):
-        if mount_id(child.path) == child.local_id:
-            detach(child.path)
 
 
 def _end_sessions(children: list[_Child]) -> None:

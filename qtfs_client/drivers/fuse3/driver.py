@@ -145,6 +145,7 @@ class Fuse3Driver:
 
     def mount_child(self) -> int:
         """The same for a child; the number of the mount in our mountinfo. Raises MountError, OSError."""
+        number: int
         device, number = mount_apart(self._options.mountpoint, self._wanted)
         try:
             self._take(device)

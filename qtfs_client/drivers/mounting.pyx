@@ -284,12 +284,12 @@ def mount_apart(str mountpoint, options) -> tuple[int, int]:
             if status < 0:
                 raise OSError(-status, os.strerror(-status), mountpoint)
             raise MountError(f"{mountpoint}: cannot mount: {_take_complaint()}")
-        _, fds, _, _ = socket.recv_fds(ours, 1, 1)
-    if not fds:
-        take_away(mountpoint, mount.at.mount_id)
-        raise OSError(EMFILE, os.strerror(EMFILE), mountpoint)
-    os.set_inheritable(fds[0], False)
-    return fds[0], mount.at.mount_id
+        fds = socket.recv_fds(ours, 1, 1)[1]
+        if not fds:
+            take_away(mountpoint, mount.at.mount_id)
+            raise OSError(EMFILE, os.strerror(EMFILE), mountpoint)
+        os.set_inheritable(fds[0], False)
+        return fds[0], mount.at.mount_id
 
 
 # ---- descriptors, and what is dirty ----------------------------------------------------------------------------------

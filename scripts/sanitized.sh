@@ -28,7 +28,8 @@ export LSAN_OPTIONS="suppressions=$root/scripts/sanitized.supp:print_suppression
 "$@"
 status=$?
 unset LD_PRELOAD
-found=$(find "$reports" -name 'report*' | wc -l)
+# A thread that ended while the leak sanitizer stopped all of them is no finding.
+found=$(find "$reports" -name 'report*' -exec grep -lv 'Unable to get registers from thread' {} + | wc -l)
 find "$reports" -name 'report*' -exec cat {} +
 echo "sanitizers: $found reports"
 [ "$found" = 0 ] && exit "$status"

@@ -10,7 +10,7 @@ from qtfs_common.errors import QtfsError
 LINES_AT = 4096
 LINE_BYTES = 128
 PAGE_BYTES = 4096
-MAX_CHANNELS = 1024
+MAX_CHANNELS = 4096
 #: What a message takes besides file data, with a caller of as many groups as there can be (MAX_MESSAGE - MAX_PAYLOAD).
 OVERHEAD_BYTES = 8192
 #: An area holds two of the longest messages (channel.pyx), and an extended attribute of the largest size has to fit.

@@ -20,7 +20,7 @@ cdef enum:
     RING_LINES_AT = 4096
     RING_ALIGNMENT = 64
     RING_SKIP = 0                   # where a message's length would stand
-    RING_CHANNELS = 1024            # at most
+    RING_CHANNELS = 4096            # at most
     BELL_MAGIC = 0x4c4c4542         # "BELL"
 
 cdef enum:                          # ring_line.sleeping

@@ -187,7 +187,7 @@ class _Shared:
             found = os.fstat(fd)
             if (found.st_dev, found.st_ino) == self.identity[:2]:
                 # A channel that is served all the same has a client on another machine, or one that has just died.
-                served = [number for number in range(self.memory.channels) if self.memory.is_served(number)]
+                served = {number for number in range(self.memory.channels) if self.memory.is_served(number)}
                 for number in range(self.memory.channels):
                     if number not in served and lock_byte(fd, CHANNEL_LOCKS_AT + number):
                         return fd, number

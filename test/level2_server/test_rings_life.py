@@ -190,7 +190,7 @@ def test_a_layout_that_does_not_fit_or_is_none(own: EngineProcess, tmp_path: Pat
     assert "'x=9' is not channels=N, request=SIZE or reply=SIZE" in second_engine(own, file, "--bar-layout", "x=9")
     config = tmp_path / "engine.toml"
     config.write_text('bar_layout = "channels=0"\n')
-    assert "channels=0: not a number from 1 to 1024" in second_engine(own, file, "--config", str(config))
+    assert "channels=0: not a number from 1 to 4096" in second_engine(own, file, "--config", str(config))
 
 
 def test_a_layout_in_the_configuration_file(tmp_path: Path) -> None:

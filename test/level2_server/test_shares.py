@@ -20,9 +20,7 @@ from harness.wire import HEADER_BYTES, ROOT
 from qtfs_common.protocol import OPERATIONS
 
 DESCRIPTORS = 512
-#: Of 16 slots each. Memory with 200 times 16 channels would take 900 MiB at least, and has room for 1024.
-CLIENTS = {"unix": 200, "tcp": 200, "shm": 24}
-SLOTS = 16
+CLIENTS, SLOTS = 200, 16
 GETATTR = struct.pack("<QII", 0, 0, 0)
 SHARED, EXCLUSIVE = 0, 1
 #: Of one session: half of 65,536, shares.pyx.
@@ -202,8 +200,7 @@ def test_clients_that_never_pause_starve_nobody(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("transport", ALL_TRANSPORTS)
 def test_two_hundred_clients_with_sixteen_channels_each(tmp_path: Path, transport: str) -> None:
-    clients = CLIENTS[transport]
-    layout = ("--bar-layout", f"channels={clients * SLOTS},request=144K,reply=144K") if transport == "shm" else ()
+    layout = ("--bar-layout", f"channels={CLIENTS * SLOTS},request=144K,reply=144K") if transport == "shm" else ()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     sessions: list[Session] = []
@@ -211,7 +208,7 @@ def test_two_hundred_clients_with_sixteen_channels_each(tmp_path: Path, transpor
         # The engine is started with a low limit, and raises it as far as it may.
         limits = ["--nofile=1024:8192"]
         with EngineProcess(tmp_path, transport, workers=16, limits=limits, arguments=layout).running() as engine:
-            for i in range(clients):
+            for i in range(CLIENTS):
                 sessions.append(Session(engine.address, engine.share, slots=SLOTS))
                 sessions[-1].mkdir(ROOT, b"%d" % i)
             for slot in range(SLOTS):
@@ -219,8 +216,8 @@ def test_two_hundred_clients_with_sixteen_channels_each(tmp_path: Path, transpor
                     session.slot(slot).send("GETATTR", wire.caller(ROOT, session.who) + GETATTR)
             for slot in range(SLOTS):
                 assert all(session.slot(slot).receive().error == 0 for session in sessions)
-            assert engine.figures()["connections"] == clients * SLOTS
-            assert len(os.listdir(engine.share)) == clients
+            assert engine.figures()["connections"] == CLIENTS * SLOTS
+            assert len(os.listdir(engine.share)) == CLIENTS
             for session in sessions:
                 session.detach()
             wait_until(engine.is_idle, "the engine to be idle")

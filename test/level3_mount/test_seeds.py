@@ -35,9 +35,18 @@ def on(*transports: str, grace_s: int = GRACE_S) -> pytest.MarkDecorator:
 
 @on(*TRANSPORTS)
 def test_connections_that_are_cut_garbled_and_delivered_late(stage: Stage) -> None:
+    _play_faults(stage, "cut", "half-close", "delay", "stale", "garble")
+
+
+@on("shm")
+def test_channels_that_are_taken_away_and_garbled(stage: Stage) -> None:
+    _play_faults(stage, "cut", "garble")
+
+
+def _play_faults(stage: Stage, *struck: str) -> None:
     for seed in range(FAULTS):
         stage.play_faults(seed, CALLS)
-    assert set(stage.faults) == {"cut", "half-close", "delay", "stale", "garble"}
+    assert set(stage.faults) == set(struck)
     assert stage.faults.total() > 10 * FAULTS
     assert stage.company.calls.total() == 3 * FAULTS * CALLS
 

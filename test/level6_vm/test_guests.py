@@ -55,6 +55,31 @@ say "done"
 """
 
 
+REMOVAL = """
+device=/sys/bus/pci/devices/$(find_ivshmem)
+mkdir /mnt/brief
+mount -t qtfs "$share" /mnt/brief -o "server=pcie://$(find_ivshmem)/resource2,timeout=1"
+daemons=$(pgrep -f mount.qtfs | sort)
+echo 1 >"$device/remove"
+[ ! -e "$device" ] || die "the device is still there"
+! cat /mnt/brief/file 2>/tmp/error || die "a file without a device"
+grep -q "Input/output error" /tmp/error || die "$(cat /tmp/error)"
+say "removed"
+echo written >/mnt/none/from-guest &
+writer=$!
+cat /mnt/auto/other >/tmp/other &
+reader=$!
+echo 1 >/sys/bus/pci/rescan
+wait "$writer" || die "not written"
+wait "$reader" || die "not read"
+[ "$(cat /tmp/other)" = other ] || die "$(cat /tmp/other)"
+until cat /mnt/brief/file >/dev/null 2>&1; do sleep 0.05; done
+[ "$(pgrep -f mount.qtfs | sort)" = "$daemons" ] || die "not the daemons that there were"
+umount /mnt/auto /mnt/none /mnt/brief
+say "done"
+"""
+
+
 @pytest.fixture
 def bar(tmp_path: Path) -> Path:
     """The file behind the BAR."""
@@ -138,6 +163,20 @@ def test_restart_of_the_engine_and_reboot_of_the_guest(guest: Guest, server: Eng
     with guest.booted(_script(server, AFTER_REBOOT)) as boot:
         boot.result(TIMEOUT_S).check()
     assert (server.share / "from-guest").read_text() == "rebooted\n"
+    wait_until(server.is_idle, "the engine to let everything go", GRACE_S + 10)
+
+
+@pytest.mark.vm
+@pytest.mark.slow
+@pytest.mark.root
+@pytest.mark.timeout(2 * TIMEOUT_S)
+def test_a_device_that_is_taken_away_and_comes_back(guest: Guest, server: EngineProcess) -> None:
+    """While it is away calls wait, and get EIO after the timeout; no daemon dies."""
+    for name in ("file", "other"):
+        (server.share / name).write_text(f"{name}\n")
+    with guest.booted(_script(server, REMOVAL)) as boot:
+        boot.result(TIMEOUT_S).check()
+    assert (server.share / "from-guest").read_text() == "written\n"
     wait_until(server.is_idle, "the engine to let everything go", GRACE_S + 10)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from programs import Worker, program, started, worker_words
 from repositories import VARIABLES, git, worktree
-from soak.killing import CLIENT, ENGINE
+from soak.killing import BOTH, CLIENT, ENGINE
 from soak.stage import Fate, Stage
 from trees import assert_same
 
@@ -44,7 +44,7 @@ class Scenery:
 
     def __init__(self, stage: Stage, fate: Fate, whom: str, there: Path, here: Path, origin: Path) -> None:
         self.stage, self.fate, self.there, self.here, self.origin = stage, fate, there, here, origin
-        self.is_mortal = whom == CLIENT
+        self.is_mortal = whom in (CLIENT, BOTH)
 
     def run(self, process: subprocess.Popen[bytes]) -> tuple[bool, str]:
         """Let a program that waits for us go on to its end, under its fate: whether it ended well, and what it said."""
@@ -147,4 +147,7 @@ PLAYS: dict[str, Callable[[Scenery], None]] = {
 #: Over how many messages their deaths are spread.
 SPREAD = {"clone": 8, "commit": 2, "log": 1, "fio": 1.5, "storm": 4}
 #: Who may die in which.
-CASES = [*((name, ENGINE) for name in PLAYS), *((name, CLIENT) for name in ("clone", "commit", "log"))]
+CASES = [
+    *((name, ENGINE) for name in PLAYS),
+    *((name, whom) for whom in (CLIENT, BOTH) for name in ("clone", "commit", "log")),
+]

@@ -13,6 +13,7 @@ import random
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from harness.ends import Ends
@@ -20,6 +21,7 @@ from harness.engine_process import EngineProcess
 from harness.fault_proxy import Fault, FaultProxy, no_fault
 from harness.fault_schedule import Schedule
 from harness.mounts import MountProcess
+from harness.ring_faults import RingFaults
 from harness.ring_file import bar_path
 from harness.waiting import wait_until
 from soak.actors import Company, Scene
@@ -44,6 +46,15 @@ def named(transport: str, kind: str, seed: int) -> Iterator[None]:
     except Exception as error:
         again = f"make soak SOAK_ARGS='--transport {transport} --only {kind} --seed {seed}'"
         raise AssertionError(f"seed {seed} ({kind}, {transport}) failed; again: {again}\n{error!r}") from error
+
+
+@contextlib.contextmanager
+def _given(proxy: FaultProxy, fault: Fault) -> Iterator[None]:
+    proxy.fault = fault
+    try:
+        yield
+    finally:
+        proxy.fault = no_fault
 
 
 class Fate:
@@ -118,24 +129,23 @@ class Stage:
             wait_until(self.engine.is_idle, f"the engine to let everything go; it has {self.engine.figures()}")
 
     def play_faults(self, seed: int, calls: int = 50) -> None:
-        """One seed of what a proxy can do."""
-        proxy = self.proxy
-        assert proxy is not None, "no connection can be broken over shared memory"
-        schedule = Schedule(seed)
-
-        def begin() -> None:
-            proxy.fault = schedule
-
-        def end() -> None:
-            proxy.fault = no_fault
-
+        """One seed of what a proxy can do, or who writes into shared memory."""
         with named(self.transport, "faults", seed):
-            try:
-                self.company.play(Scene(seed, calls), begun=begin, ended=end)
-            finally:
-                end()
+            struck, striking = self._faults(seed)
+            with contextlib.ExitStack() as faults:
+                self.company.play(
+                    Scene(seed, calls), begun=lambda: faults.enter_context(striking), ended=faults.close
+                )
             self._ends.check_nothing_is_open()
-        self.faults += schedule.struck
+        self.faults += struck
+
+    def _faults(self, seed: int) -> tuple[Counter[str], AbstractContextManager[object]]:
+        """What will have been struck, and the time in which faults strike."""
+        if self.proxy is None:
+            in_memory = RingFaults(bar_path(self.engine), seed)
+            return in_memory.struck, in_memory.striking()
+        schedule = Schedule(seed)
+        return schedule.struck, _given(self.proxy, schedule)
 
     # ---- deaths
 

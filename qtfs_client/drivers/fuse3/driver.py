@@ -90,6 +90,17 @@ def _write_back(mountpoints: list[str]) -> None:
             os.waitpid(pid, os.WNOHANG)
 
 
+def _is_told(connection: Connection, slot: int) -> bool:
+    """Say DETACH; False: the channel is broken. Raises TimeoutError."""
+    try:
+        detach(connection, _DETACH_S, slot=slot)
+    except TimeoutError:
+        raise
+    except OSError:
+        return False
+    return True
+
+
 class Fuse3Driver:
     """One mount, see qtfs_client.drivers.Driver."""
 
@@ -277,22 +288,21 @@ class Fuse3Driver:
         return self._interruptions
 
     def _detach(self) -> None:
-        """DETACH; without it the engine waits for us to return."""
+        """DETACH; without it the engine waits for us to return. A channel that was idle may be broken."""
+        connection, slot = self._idle_channel()
         try:
-            connection, slot = self._idle_channel()
-            if connection is not None:
-                detach(connection, _DETACH_S, slot=slot)
+            if connection is not None and _is_told(connection, slot):
+                return
+            if self._lost_since is None:
+                detach(self._engine.with_timeout(_DETACH_S).attach(self._ticket, 0)[0], _DETACH_S)
         except (OSError, QtfsError) as error:
             log.info("%s could not be told that this mount has ended: %s", self._engine.address, error)
 
     def _idle_channel(self) -> tuple[Connection | None, int]:
-        """A channel that nobody uses any more, and its slot. A mount may end before it has an event channel."""
+        """A channel that nobody uses any more, if there is one, and its slot. Some mounts end before they have any."""
         if self._first is not None:
             return self._first, 0
-        events = self._mount.detached_event_channel() if self._mount is not None else None
-        if events is not None or self._lost_since is not None:
-            return events, EVENT
-        return self._engine.with_timeout(_DETACH_S).attach(self._ticket, 0)[0], 0
+        return (self._mount.detached_event_channel() if self._mount is not None else None), EVENT
 
     # ------------------------------------------------------------------------------------------------------- manager
 

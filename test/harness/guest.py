@@ -23,6 +23,7 @@ after its QEMU was killed: its disk and the shared directory stay.
 from __future__ import annotations
 
 import contextlib
+import json
 import lzma
 import os
 import shutil
@@ -38,6 +39,8 @@ BOOT_MODULES = ("virtio_pci", "9pnet_virtio", "9p", "overlay")
 #: Where the script's directory is in the guest.
 INSIDE = "/run/guest"
 _TAIL_LINES = 40
+_IVSHMEM_SLOT = "0x10"  # the same when it comes again
+_MONITOR = ("-chardev", "stdio,id=monitor", "-mon", "monitor,mode=control")
 _KILL_TIMEOUT_S = 20.0
 # lsm: Linux 6.1 with an empty bpf module lets users without capabilities write security.* attributes.
 _KERNEL_ARGUMENTS = "console=ttyS0 panic=-1 oops=panic loglevel=5 random.trust_cpu=on mitigations=off lsm=capability"
@@ -189,9 +192,16 @@ def find_kernel() -> Kernel:
 
 
 def ivshmem(path: Path, size_bytes: int) -> list[str]:
-    """QEMU's arguments for a PCI device whose BAR 2 is a file of this machine, made if need be. A power of two."""
+    """QEMU's arguments for a PCI device "ivshmem" whose BAR 2 is a file of this machine, made if need be. A power of two."""
     backend = f"memory-backend-file,id=bar,share=on,mem-path={str(path).replace(',', ',,')},size={size_bytes}"
-    return ["-object", backend, "-device", "ivshmem-plain,memdev=bar"]
+    return ["-object", backend, "-device", f"ivshmem-plain,memdev=bar,id=ivshmem,addr={_IVSHMEM_SLOT}"]
+
+
+def plug_in_again(boot: Boot, path: Path, size_bytes: int) -> None:
+    """The device of `ivshmem`, after device_del. QEMU 7.2 does not survive the same backend twice."""
+    backend = {"share": True, "mem_path": str(path), "size": size_bytes}
+    boot.monitor("object-add", qom_type="memory-backend-file", id="again", **backend)
+    boot.monitor("device_add", driver="ivshmem-plain", memdev="again", id="ivshmem", addr=_IVSHMEM_SLOT)
 
 
 class Boot:
@@ -214,6 +224,13 @@ class Boot:
     def tell(self, word: str) -> None:
         """Let `await WORD` of the script return."""
         (self._files.job / f"told.{word}").touch()
+
+    def monitor(self, command: str, **arguments: object) -> None:
+        """Give QEMU a command of its machine protocol; `_` in arguments stands for `-`. The answer goes to QEMU's log."""
+        assert self._process.stdin is not None
+        names = {name.replace("_", "-"): value for name, value in arguments.items()}
+        self._process.stdin.write(json.dumps({"execute": command, "arguments": names}).encode())
+        self._process.stdin.flush()
 
     def kill(self) -> None:
         """The power goes off: nothing is written, nobody is told."""
@@ -267,7 +284,9 @@ class Guest:
             old.unlink(missing_ok=True)
         (self.job / "script").write_text(script)
         with _started(self._command(), self._files.log) as process:
-            yield Boot(process, self._files)
+            boot = Boot(process, self._files)
+            boot.monitor("qmp_capabilities")
+            yield boot
 
     def _command(self) -> list[str]:
         return [
@@ -275,7 +294,7 @@ class Guest:
             # An old processor: emulated programs lose a seventh to what newer ones check at each entry to the kernel.
             *("-display", "none", "-accel", "tcg,thread=multi", "-cpu", "Nehalem", "-no-reboot", *self._options),
             *("-kernel", str(self._kernel.image), "-initrd", str(self._initrd)),
-            *("-serial", f"file:{self._files.console}"),
+            *("-serial", f"file:{self._files.console}", *_MONITOR),
             *("-append", _KERNEL_ARGUMENTS),
             *("-virtfs", _shared(Path("/"), "host") + ",readonly=on"),
             *("-virtfs", _shared(CHECKOUT, "checkout") + ",readonly=on"),
@@ -378,12 +397,12 @@ def _disk(scratch: Path) -> Path:
 @contextlib.contextmanager
 def _started(command: Sequence[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
     with log.open("wb") as out:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True)
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=out, stderr=out, start_new_session=True)
     try:
         yield process
     finally:
         process.kill()
-        process.wait()
+        process.communicate()
 
 
 def _read(path: Path) -> str:

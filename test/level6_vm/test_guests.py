@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from harness.engine_process import EngineProcess
-from harness.guest import Boot, Guest, GuestUnavailable, find_kernel, ivshmem, run_in_guest
+from harness.guest import Boot, Guest, GuestUnavailable, find_kernel, ivshmem, plug_in_again, run_in_guest
 from harness.waiting import wait_until
 
 HERE = Path(__file__).resolve().parent
@@ -60,19 +60,22 @@ device=/sys/bus/pci/devices/$(find_ivshmem)
 mkdir /mnt/brief
 mount -t qtfs "$share" /mnt/brief -o "server=pcie://$(find_ivshmem)/resource2,timeout=1"
 daemons=$(pgrep -f mount.qtfs | sort)
-echo 1 >"$device/remove"
-[ ! -e "$device" ] || die "the device is still there"
-! cat /mnt/brief/file 2>/tmp/error || die "a file without a device"
+exec 3</mnt/auto/file
+say "in use"
+until [ ! -e "$device" ]; do sleep 0.05; done
+if cat /mnt/brief/file 2>/tmp/error; then die "a file without a device"; fi
 grep -q "Input/output error" /tmp/error || die "$(cat /tmp/error)"
-say "removed"
 echo written >/mnt/none/from-guest &
 writer=$!
 cat /mnt/auto/other >/tmp/other &
 reader=$!
-echo 1 >/sys/bus/pci/rescan
+say "away"
 wait "$writer" || die "not written"
 wait "$reader" || die "not read"
 [ "$(cat /tmp/other)" = other ] || die "$(cat /tmp/other)"
+read -r line <&3
+[ "$line" = file ] || die "$line"
+exec 3<&-
 until cat /mnt/brief/file >/dev/null 2>&1; do sleep 0.05; done
 [ "$(pgrep -f mount.qtfs | sort)" = "$daemons" ] || die "not the daemons that there were"
 umount /mnt/auto /mnt/none /mnt/brief
@@ -170,11 +173,15 @@ def test_restart_of_the_engine_and_reboot_of_the_guest(guest: Guest, server: Eng
 @pytest.mark.slow
 @pytest.mark.root
 @pytest.mark.timeout(2 * TIMEOUT_S)
-def test_a_device_that_is_taken_away_and_comes_back(guest: Guest, server: EngineProcess) -> None:
-    """While it is away calls wait, and get EIO after the timeout; no daemon dies."""
+def test_a_device_that_is_taken_away_and_comes_back(guest: Guest, server: EngineProcess, bar: Path) -> None:
+    """While it is away calls wait, and get EIO after the timeout; then all goes on, and so do the daemons."""
     for name in ("file", "other"):
         (server.share / name).write_text(f"{name}\n")
     with guest.booted(_script(server, REMOVAL)) as boot:
+        boot.wait_for_text("== in use", TIMEOUT_S)
+        boot.monitor("device_del", id="ivshmem")
+        boot.wait_for_text("== away", TIMEOUT_S)
+        plug_in_again(boot, bar, BAR_BYTES)
         boot.result(TIMEOUT_S).check()
     assert (server.share / "from-guest").read_text() == "written\n"
     wait_until(server.is_idle, "the engine to let everything go", GRACE_S + 10)

@@ -192,7 +192,7 @@ def find_kernel() -> Kernel:
 
 
 def ivshmem(path: Path, size_bytes: int) -> list[str]:
-    """QEMU's arguments for a PCI device "ivshmem", whose BAR 2 is a file of this machine, made if need be. 2^n bytes."""
+    """QEMU's arguments for a PCI device whose BAR 2 is a file of this machine, made if need be, of 2^n bytes."""
     backend = f"memory-backend-file,id=bar,share=on,mem-path={str(path).replace(',', ',,')},size={size_bytes}"
     return ["-object", backend, "-device", f"ivshmem-plain,memdev=bar,id=ivshmem,addr={_IVSHMEM_SLOT}"]
 
@@ -226,7 +226,7 @@ class Boot:
         (self._files.job / f"told.{word}").touch()
 
     def monitor(self, command: str, **arguments: object) -> None:
-        """Give QEMU a command of its machine protocol, its arguments with `_` for `-`. The answer goes to QEMU's log."""
+        """Give QEMU a command of its machine protocol, arguments with `_` for `-`. The answer goes to QEMU's log."""
         assert self._process.stdin is not None
         names = {name.replace("_", "-"): value for name, value in arguments.items()}
         self._process.stdin.write(json.dumps({"execute": command, "arguments": names}).encode())

@@ -97,7 +97,7 @@ MISTAKES = [
     (ENGINE_SCHEMA, "grace = inf", 1, "grace: inf"),
     (ENGINE_SCHEMA, "grace = 4294967296", 1, "grace: 4294967296 is not a number of seconds"),
     (CLIENT_SCHEMA, "timeout = 1e300", 1, "timeout: 1e+300 is not a number of seconds"),
-    (ENGINE_SCHEMA, 'bar_layout = "channels=0"', 1, "channels=0: not a number from 1 to 1024"),
+    (ENGINE_SCHEMA, 'bar_layout = "channels=0"', 1, "channels=0: not a number from 1 to 4096"),
     (ENGINE_SCHEMA, "port = 65536", 1, "port: 65536 is not between 0 and 65535"),
     (ENGINE_SCHEMA, "port = 65536", 1, "port: 65536"),
     (CLIENT_SCHEMA, 'server = "nowhere"', 1, "'nowhere'"),

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from harness.engine_process import EngineProcess, Rules, everything_below
 from harness.leaks import environment
@@ -98,6 +99,7 @@ def sleeping(*before: str) -> Iterator[int]:
     process = subprocess.Popen([*before, "sleep", "600"])
     try:
         wait_until(lambda: os.readlink(f"/proc/{process.pid}/exe").endswith("sleep"), "sleep to be executed")
+        wait_until(lambda: psutil.Process(process.pid).status() == psutil.STATUS_SLEEPING, "it to have been loaded")
         yield process.pid
     finally:
         process.kill()

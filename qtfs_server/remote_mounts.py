@@ -21,11 +21,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from qtfs_common import mountinfo, remote_calls
-from qtfs_common.protocol import LIMITS
-from qtfs_common.remote_calls import Action, MountCall, MountFlag, MountRecord, Option, OptionKind
-from qtfs_server import loops, mount_rules
-from qtfs_server.letting_go import mount_gone, release_mount
-from qtfs_server.mount_calls import (
+from qtfs_common.mount_calls import (
     BENEATH,
     CMD_CREATE,
     CMD_RECONFIGURE,
@@ -46,6 +42,10 @@ from qtfs_server.mount_calls import (
     umount,
     unique_mount_id,
 )
+from qtfs_common.protocol import LIMITS
+from qtfs_common.remote_calls import Action, MountCall, MountFlag, MountRecord, Option, OptionKind
+from qtfs_server import loops, mount_rules
+from qtfs_server.letting_go import mount_gone, release_mount
 from qtfs_server.mount_records import Made, MountRecords
 from qtfs_server.mount_rules import path_of
 from qtfs_server.mounts import read_table, unique_ids

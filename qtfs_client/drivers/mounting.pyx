@@ -3,20 +3,18 @@
 libfuse makes the mount and takes it down; the requests of /dev/fuse are read by the driver itself.
 Sources: fuse_lowlevel.h, fuse_log.h, mount.fuse3(8), setns(2).
 """
-from libc.errno cimport EMFILE, errno
-from libc.stdint cimport uint64_t
-from libc.string cimport memcpy, memset
+from libc.errno cimport errno
+from libc.string cimport memset
 
-from qtfs_client.drivers.apart cimport call_apart, close_all_but, look_up, place
-from qtfs_client.includes.linux cimport iovec
+from qtfs_client.drivers.apart cimport close_all_but
 from qtfs_common.includes.polling cimport POLLERR, poll, pollfd
 
+import contextlib
 import os
-import socket
 import threading
 
 from qtfs_client.drivers import MountError
-from qtfs_client.drivers.apart import take_away
+from qtfs_common import mount_calls
 
 cdef extern from *:
     """
@@ -41,30 +39,9 @@ cdef extern from "<fcntl.h>" nogil:
     int open(const char *, int)
 
 cdef extern from "<unistd.h>" nogil:
-    int close(int)
-    int dup2(int, int)
     void _exit(int)
     int fork()
-    int pipe2(int *, int)
     int syncfs(int)
-
-cdef extern from "<sys/socket.h>" nogil:
-    enum:
-        SCM_RIGHTS
-        SOL_SOCKET
-    ctypedef unsigned int socklen_t
-    struct cmsghdr:
-        size_t cmsg_len
-        int cmsg_level
-        int cmsg_type
-    struct msghdr:
-        iovec *msg_iov
-        size_t msg_iovlen
-        void *msg_control
-        size_t msg_controllen
-    size_t CMSG_LEN(size_t)
-    void *CMSG_DATA(cmsghdr *)
-    ssize_t sendmsg(int, const msghdr *, int)
 
 cdef extern from "<sched.h>" nogil:
     enum:
@@ -133,29 +110,6 @@ cdef fuse_session *_new_session(list arguments) except NULL:
     return session
 
 
-cdef fuse_session *_prepare(options) except NULL:
-    """A session with words and key=value for mount.fuse3(8); what libfuse complains of from now on is noted."""
-    fuse_set_log_func(_note_complaint)
-    _complaint[0] = 0
-    text = ",".join([escape_option(option) for option in options])
-    return _new_session([b"mount.qtfs", b"-o", os.fsencode(text)])
-
-
-cdef void _free_without_unmounting(fuse_session *session) noexcept nogil:
-    """Destroy a session with all that it keeps. Its mount point may be another's by now.
-
-    fuse_session_destroy() leaves the mount point's name to fuse_session_unmount(), which unmounts nothing if its device is
-    in error: then the file system has ended. So it gets one that is: a pipe that nobody reads.
-    """
-    cdef int ends[2]
-    if pipe2(ends, O_CLOEXEC) == 0:
-        close(ends[0])
-        if dup2(ends[1], fuse_session_fd(session)) >= 0:
-            fuse_session_unmount(session)
-        close(ends[1])
-    fuse_session_destroy(session)
-
-
 cdef class FuseMount:
     """One attached file system. Its device speaks the protocol of linux/fuse.h, beginning with INIT."""
     cdef fuse_session *session
@@ -167,7 +121,10 @@ cdef class FuseMount:
         cdef const char *path_text = path
         cdef int status
         self.lock = threading.Lock()
-        self.session = _prepare(options)
+        fuse_set_log_func(_note_complaint)
+        _complaint[0] = 0
+        text = ",".join([escape_option(option) for option in options])
+        self.session = _new_session([b"mount.qtfs", b"-o", os.fsencode(text)])
         with nogil:
             status = fuse_session_mount(self.session, path_text)
         if status != 0:
@@ -199,13 +156,6 @@ cdef class FuseMount:
                 fuse_session_unmount(session)
                 fuse_session_destroy(session)
 
-    def abandon(self) -> None:
-        """End the file system where it still is, without looking for the mount point, which may be another's by now."""
-        cdef fuse_session *session = self._take()
-        if session != NULL:
-            with nogil:
-                _free_without_unmounting(session)
-
     cdef fuse_session *_take(self) except? NULL:
         """The session, once: nobody waits for who unmounts it, who may wait himself for what is under way there."""
         cdef fuse_session *session = NULL
@@ -219,77 +169,35 @@ cdef class FuseMount:
             fuse_session_destroy(self.session)
 
 
-# ---- a mount below another one of ours -------------------------------------------------------------------------------
+# ---- a mount that is nowhere yet -------------------------------------------------------------------------------------
 
-cdef struct attachment:             # what `_attach_apart` does, and what came of it
-    fuse_session *session
-    const char *mountpoint
-    int socket                      # what the device goes out through
-    int status
-    place at
+#: <linux/mount.h>, MOUNT_ATTR_*; the file system itself is told of "ro", too.
+_ATTRIBUTES = {"ro": 0x1, "nosuid": 0x2, "nodev": 0x4, "noexec": 0x8, "noatime": 0x10, "nodiratime": 0x80}
+_DEFAULTS = ("rw", "suid", "dev")
 
 
-cdef int _send_descriptor(int socket, int fd) noexcept nogil:
-    """unix(7), SCM_RIGHTS. 0, or below."""
-    cdef uint64_t room[8]
-    cdef cmsghdr *head = <cmsghdr *>room
-    cdef msghdr message
-    cdef iovec part
-    memset(&message, 0, sizeof(message))
-    part.iov_base = <void *>b"d"
-    part.iov_len = 1
-    message.msg_iov = &part
-    message.msg_iovlen = 1
-    message.msg_control = room
-    message.msg_controllen = CMSG_LEN(sizeof(int))
-    head.cmsg_len = CMSG_LEN(sizeof(int))
-    head.cmsg_level = SOL_SOCKET
-    head.cmsg_type = SCM_RIGHTS
-    memcpy(CMSG_DATA(head), &fd, sizeof(int))
-    return 0 if sendmsg(socket, &message, 0) == 1 else -1
-
-
-cdef void _attach_apart(void *argument) noexcept nogil:
-    """Mount, and send the device. After success nothing is left of libfuse's session, whose descriptor is not ours."""
-    cdef attachment *mount = <attachment *>argument
-    mount.status = fuse_session_mount(mount.session, mount.mountpoint)
-    if mount.status != 0:
-        return
-    mount.at.path = mount.mountpoint
-    look_up(&mount.at)
-    mount.status = _send_descriptor(mount.socket, fuse_session_fd(mount.session))
-    if mount.status == 0:
-        _free_without_unmounting(mount.session)
-        mount.session = NULL
-    else:
-        fuse_session_unmount(mount.session)
-
-
-def mount_apart(str mountpoint, options) -> tuple[int, int]:
-    """FuseMount for a mount point to which the way may lead through mounts of ours: the device, which is the caller's,
-    and the number of the mount in our mountinfo. Raises MountError, OSError."""
-    cdef bytes path = os.fsencode(mountpoint)
-    cdef attachment mount
-    cdef int status
-    memset(&mount, 0, sizeof(mount))
-    mount.mountpoint = path
-    mount.session = _prepare(options)
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        mount.socket = theirs.fileno()
-        with nogil:
-            status = call_apart(_attach_apart, &mount, mount.socket)
-        if mount.session != NULL:
-            fuse_session_destroy(mount.session)
-            if status < 0:
-                raise OSError(-status, os.strerror(-status), mountpoint)
-            raise MountError(f"{mountpoint}: cannot mount: {_take_complaint()}")
-        fds = socket.recv_fds(ours, 1, 1)[1]
-        if not fds:
-            take_away(mountpoint, mount.at.mount_id)
-            raise OSError(EMFILE, os.strerror(EMFILE), mountpoint)
-        os.set_inheritable(fds[0], False)
-        return fds[0], mount.at.mount_id
+def new_mount(options) -> tuple[int, int]:
+    """A FUSE file system that is mounted nowhere, with words and key=value for mount.fuse3(8): its device, and its mount
+    for move_mount(2), with which it goes unless it is moved before. Both are the caller's. For root; raises OSError."""
+    with contextlib.ExitStack() as opened, contextlib.ExitStack() as stack:
+        device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+        opened.callback(os.close, device)
+        context = mount_calls.fsopen(b"fuse")
+        stack.callback(os.close, context)
+        own = (f"fd={device}", "rootmode=40000", f"user_id={os.geteuid()}", f"group_id={os.getegid()}")
+        attributes = 0
+        for option in (*options, *own):
+            name, equals, value = option.partition("=")
+            attributes |= _ATTRIBUTES.get(name, 0)
+            if equals:
+                name = "source" if name == "fsname" else name
+                mount_calls.fsconfig(context, mount_calls.SET_STRING, name.encode(), os.fsencode(value))
+            elif name == "ro" or name not in _ATTRIBUTES and name not in _DEFAULTS:
+                mount_calls.fsconfig(context, mount_calls.SET_FLAG, name.encode(), None)
+        mount_calls.fsconfig(context, mount_calls.CMD_CREATE, None, None)
+        made = device, mount_calls.fsmount(context, attributes)
+        opened.pop_all()
+        return made
 
 
 # ---- descriptors, and what is dirty ----------------------------------------------------------------------------------

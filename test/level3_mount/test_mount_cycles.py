@@ -57,4 +57,5 @@ def test_mounts_that_come_and_go_leave_nothing(own: EngineProcess, tmp_path: Pat
     grown = own.resident_bytes() - resident
     print(f"{CYCLES} mounts: the engine has grown by {grown} bytes")
     assert grown < LARGEST_GROWTH_BYTES
-    assert own.descriptors() == descriptors
+    # It may just be reading the mount table.
+    wait_until(lambda: own.descriptors() <= descriptors, "the engine's descriptors to be as many as before")

@@ -19,11 +19,11 @@ from pathlib import Path
 
 from qtfs_client.connection import Engine, HandshakeError, SessionLostError, Ticket, detach
 from qtfs_client.drivers import mount_options
-from qtfs_client.drivers.apart import place_of, take_away
+from qtfs_client.drivers.apart import attach, place_of, place_of_fd, take_away
 from qtfs_client.drivers.fuse3.following import Follower
 from qtfs_client.drivers.fuse3.mount import EVENT_LINE, Mount
 from qtfs_client.drivers.fuse3.special import special_rules
-from qtfs_client.drivers.mounting import FuseMount, mount_apart, start_writing_back
+from qtfs_client.drivers.mounting import FuseMount, new_mount, start_writing_back
 from qtfs_client.options import MountOptions
 from qtfs_common.errors import ConnectError, QtfsError
 from qtfs_common.protocol import EVENT
@@ -48,14 +48,14 @@ _JOIN_S = 0.2
 _WAKE_SIGNAL = signal.SIGUSR1
 
 
-def _read_ahead(mountpoint: str, size: int) -> None:
-    """Have the kernel read up to `size` bytes ahead of who reads in sequence.
+def _read_ahead(device: str, size: int) -> None:
+    """Have the kernel read up to `size` bytes ahead of who reads in sequence, in the file system MAJOR:MINOR.
 
     Source: Documentation/ABI/testing/sysfs-class-bdi. Where we may not change that, as in a container or for another
     user than root, it stays at 128 KiB.
     """
     with contextlib.suppress(OSError):
-        Path(f"/sys/class/bdi/{place_of(mountpoint).device}/read_ahead_kb").write_text(f"{size >> 10}\n")
+        Path(f"/sys/class/bdi/{device}/read_ahead_kb").write_text(f"{size >> 10}\n")
 
 
 @contextlib.contextmanager
@@ -149,20 +149,28 @@ class Fuse3Driver:
         """Attach the file system to the mount point and agree with the kernel on the protocol. Raises MountError."""
         self._attached = FuseMount(self._options.mountpoint, self._wanted)
         self._take(self._attached.device())
+        with contextlib.suppress(OSError):
+            self._set_read_ahead(place_of(self._options.mountpoint).device)
         if self._options.special == "remote" and not self.mounted.special_remote:
             log.warning("/proc/PID/syscall cannot be read: FIFOs and devices work as with special=local")
         if not self.mounted.has_triage:
             log.warning("this kernel cannot clone /dev/fuse: signals may wait while all channels are busy")
 
     def mount_child(self) -> int:
-        """The same for a child; the number of the mount in our mountinfo. Raises MountError, OSError."""
-        number: int
-        device, number = mount_apart(self._options.mountpoint, self._wanted)
+        """The same for a child; the number of the mount in our mountinfo. Raises OSError."""
+        device, mounted = new_mount(self._wanted)
         try:
             self._take(device)
-        except BaseException:
-            take_away(self._options.mountpoint, number)
-            raise
+            place = place_of_fd(mounted)
+            self._set_read_ahead(place.device)
+            try:
+                attach(mounted, self._options.mountpoint)
+            except InterruptedError:
+                take_away(self._options.mountpoint, place.mount_id)
+                raise
+        finally:
+            os.close(mounted)
+        number: int = place.mount_id
         return number
 
     @property
@@ -172,8 +180,13 @@ class Fuse3Driver:
         return [*mount_options(self._options), f"max_read={max_read}"]
 
     def _take(self, device: int) -> None:
-        """Serve a device, from INIT on."""
+        """Serve a device, which is ours from now on, from INIT on."""
         options = self._options
+        try:
+            rules = special_rules(options.rules, options.source)
+        except BaseException:
+            os.close(device)
+            raise
         channels = self._ticket.slots - (1 if options.propagate and not self._is_child else 0)
         threads = min(options.channels, channels)
         self._mount = Mount(
@@ -187,10 +200,12 @@ class Fuse3Driver:
             owner=os.getuid() if options.allow_root else None,
             special_remote=options.special == "remote",
             polls=options.poll,
-            rules=special_rules(options.rules, options.source),
+            rules=rules,
         )
         self._mount.negotiate()
-        _read_ahead(options.mountpoint, min(options.max_read, _READ_AHEAD))
+
+    def _set_read_ahead(self, device: str) -> None:
+        _read_ahead(device, min(self._options.max_read, _READ_AHEAD))
 
     def serve(self) -> None:
         """Answer the kernel until the file system is unmounted."""
@@ -251,8 +266,6 @@ class Fuse3Driver:
 
     def end(self) -> None:
         """End a child, which was taken away from its mount point."""
-        if self._attached is not None:
-            self._attached.abandon()
         if self._mount is not None:
             self._mount.stop()
 

@@ -25,7 +25,6 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from qtfs_client.connection import Engine, HandshakeError, encode
-from qtfs_client.drivers import MountError
 from qtfs_client.drivers.apart import place_of, take_away
 from qtfs_client.mountpoint import PROC
 from qtfs_client.options import MountOptions
@@ -51,6 +50,8 @@ _MOST_ATTEMPTS = 3
 #: what a look at it would mount.
 _LEFT_OUT = (b"fuse.qtfs", b"autofs")
 _CALLER_BYTES = 24
+#: What this machine may have again soon: processes, memory, descriptors.
+_SHORT = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EINTR)
 
 
 @dataclasses.dataclass(slots=True)
@@ -229,7 +230,7 @@ class Follower:
     def _compare(self) -> None:
         """Make the children equal to the server's mounts."""
         try:
-            wanted = {record.path: record for record in self._list() if record.type not in _LEFT_OUT}
+            wanted = {r.path: r for r in self._list() if r.type not in _LEFT_OUT and _is_plain(r.path)}
             self._see_what_is_lost()
         except (QtfsError, OSError, ValueError) as error:
             log.info("the server's mounts cannot be listed now: %s", error)
@@ -287,7 +288,7 @@ class Follower:
                 self._dismissed.add(key)  # a file that is mounted on a file needs no mount to be seen
                 return
             child = self._mounted(record, options)
-        except (HandshakeError, MountError, OSError) as error:
+        except (HandshakeError, OSError) as error:
             self._note_failure(key, options.source, error)
         except QtfsError as error:
             log.info("%s: %s", options.source, error)
@@ -306,7 +307,11 @@ class Follower:
         driver.mounted.expire_name(place_of(directory).node, os.fsencode(name))
 
     def _note_failure(self, key: tuple[bytes, int], source: str, error: Exception) -> None:
-        """Try again if it may be that the server's mount was just going; otherwise say so, once."""
+        """Try again if it may be that the server's mount was just going, or something is short; else say so, once."""
+        if getattr(error, "errno", 0) in _SHORT:
+            log.info("%s: %s", source, error)
+            self._due_s = time.monotonic() + _RETRY_S
+            return
         if getattr(error, "errno", 0) in (errno.ENOENT, errno.ESTALE, errno.ENOTCONN) and \
                 self._attempts[key] < _MOST_ATTEMPTS:
             self._due_s = time.monotonic() + _RETRY_S
@@ -369,8 +374,7 @@ class Follower:
         for child in removed:
             self._deafen(child.driver.mounted.device_fd)
             self._deafen(child.driver.mounted.changes_fd)
-            with contextlib.suppress(OSError):
-                take_away(child.path, child.local_id)
+            _take_away(child)
             child.driver.end()
         if removed:
             self._closing = [thread for thread in self._closing if thread.is_alive()]
@@ -390,6 +394,24 @@ class Follower:
 def _is_below(path: bytes, directory: bytes) -> bool:
     """Whether a relative path lies below another."""
     return path.startswith(directory + b"/")
+
+
+def _is_plain(path: bytes) -> bool:
+    """Whether it leads down from the root, name by name."""
+    return not {b"", b".", b".."} & set(path.split(b"/"))
+
+
+def _take_away(child: _Child) -> None:
+    """Unmount a child if it is still there. If not, its number may be another mount's already."""
+    if child.driver.mounted.has_ended:
+        return
+    for _ in range(_MOST_ATTEMPTS):
+        try:
+            take_away(child.path, child.local_id)
+            return
+        except OSError as error:
+            log.warning("%s: %s", child.path, error.strerror)
+            time.sleep(_SETTLE_S)
 
 
 def _end_sessions(children: list[_Child]) -> None:

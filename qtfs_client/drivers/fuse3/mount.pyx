@@ -18,7 +18,7 @@ from qtfs_client.drivers.fuse3.workers cimport work
 from qtfs_client.includes.fuse_abi cimport fuse_in_header, fuse_write_in
 from qtfs_client.includes.linux cimport close, load_int, load_u64, posix_memalign, pthread_mutex_destroy, \
     pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, store_int
-from qtfs_common.includes.polling cimport EFD_CLOEXEC, EFD_NONBLOCK, EPOLL_CLOEXEC, POLLIN, epoll_create1, eventfd, \
+from qtfs_common.includes.polling cimport EFD_CLOEXEC, EFD_NONBLOCK, EPOLL_CLOEXEC, POLLERR, POLLIN, epoll_create1, eventfd, \
     eventfd_write, poll, pollfd
 from qtfs_common.protocol cimport MAX_SLOTS, forget_item
 from qtfs_common.transport cimport Connection
@@ -344,6 +344,14 @@ cdef class Mount:
     def device_fd(self) -> int:
         """/dev/fuse: readable when the kernel asks for something, in error once the mount has ended."""
         return self.m.device
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the kernel has ended the file system: then it is mounted nowhere."""
+        cdef pollfd device
+        device.fd = self.m.device
+        device.events = 0
+        return poll(&device, 1, 0) == 1 and device.revents & POLLERR != 0
 
     @property
     def changes_fd(self) -> int:

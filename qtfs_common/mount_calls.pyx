@@ -7,7 +7,7 @@ umount2(2), statx(2).
 from libc.errno cimport errno
 from libc.stdint cimport uint64_t
 
-from qtfs_server.includes.mounts cimport MOVE_MOUNT_F_EMPTY_PATH, MOVE_MOUNT_T_EMPTY_PATH, SYS_FSCONFIG, SYS_FSMOUNT, \
+from qtfs_common.includes.mounts cimport MOVE_MOUNT_F_EMPTY_PATH, MOVE_MOUNT_T_EMPTY_PATH, SYS_FSCONFIG, SYS_FSMOUNT, \
     SYS_FSOPEN, SYS_FSPICK, SYS_MOUNT_SETATTR, SYS_MOVE_MOUNT, SYS_OPENAT2, SYS_OPEN_TREE, mount, mount_attr, open_how, \
     statx, statx_t, syscall, umount2
 

@@ -3,7 +3,8 @@
 Between two looks it offers its processor to others, sched_yield(2). How long that takes tells who else is there. Some
 microseconds: somebody who works with us, such as the engine that makes our reply. If that goes on, the two share a processor
 while another may be idle, and waking that one costs more than the work; then one of them moves. More: somebody who
-computes; then we rest, and sleep for our messages as others do.
+computes. If a message waited for that, we rest, and sleep for our messages as others do. If none did, it may have been the very
+program that will send us the next one.
 """
 from libc.stdint cimport int64_t
 
@@ -40,7 +41,7 @@ cdef enum:
 
 cdef bint spin_begin(spinner *s, int64_t now) noexcept nogil:
     """Begin a search; False if somebody else needs the processor, as far as we know."""
-    s.spent_us = 0
+    s.spent_us = s.long_us = 0
     return now >= s.rest_until_us
 
 
@@ -55,18 +56,24 @@ cdef void _rest(spinner *s, int64_t now, int64_t later) noexcept nogil:
 
 cdef int64_t spin_turn(spinner *s, int64_t now) noexcept nogil:
     """Let others run, if there are any; the time afterwards (now_us)."""
-    cdef int64_t later
+    cdef int64_t later, took
     ring_pause()
     sched_yield()
     later = now_us()
-    s.spent_us += later - now if later - now < SHARED_US else 1
-    if later - now >= COMPUTED_US:
-        _rest(s, now, later)
-    elif later - now >= SHARED_US:
+    took = later - now
+    s.spent_us += took if took < SHARED_US else 1
+    s.long_us = took if took >= COMPUTED_US else 0
+    if SHARED_US <= took < COMPUTED_US:
         s.shared += 2
-    elif s.shared > 0:
+    elif s.long_us == 0 and s.shared > 0:
         s.shared -= 1
     return later
+
+
+cdef void spin_found(spinner *s, int64_t now) noexcept nogil:
+    """What was looked for is there. If the last turn was a long one it may have waited, and had better found us asleep."""
+    if s.long_us > 0:
+        _rest(s, now - s.long_us, now)
 
 
 cdef bint spin_shares(spinner *s, int patience, int64_t now) noexcept nogil:

@@ -16,7 +16,7 @@ from qtfs_common.includes.polling cimport EFD_CLOEXEC, EPOLLEXCLUSIVE, EPOLLIN, 
     EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD, epoll_ctl, epoll_event, epoll_wait, eventfd
 from qtfs_common.protocol cimport MESSAGE_REPLY, OP_DETACH, OP_LOOKUP, OP_READ
 from qtfs_common.rings.memory cimport RingMemory
-from qtfs_common.spinning cimport SPIN_CAP_US, move_away, spin_begin, spin_shares, spin_turn
+from qtfs_common.spinning cimport SPIN_CAP_US, move_away, spin_begin, spin_found, spin_shares, spin_turn
 from qtfs_common.transport cimport RECEIVE_BEGUN, WAIT_READABLE, WAIT_WRITABLE, commit_from_pipe, lend_buffers, message, \
     now_us, park
 from qtfs_server.connection cimport STATE_EVENT, STATE_SLOT, connection, connection_count, connection_free, \
@@ -139,6 +139,7 @@ cdef int _spin(worker *w, connection *c, message *msg) noexcept nogil:
         move_away()
     atomic_add_int(&_spinning, -1)
     if found > 0:
+        spin_found(&w.spinner, now)
         w.spin_credit = SPIN_CREDIT
     else:
         w.spin_credit -= 1

@@ -25,7 +25,7 @@ from qtfs_client.includes.linux cimport load_i64, load_int, load_u64, pthread_mu
     store_int
 from qtfs_common.includes.polling cimport POLLIN, eventfd_read, eventfd_write, poll, pollfd
 from qtfs_common.protocol cimport ERROR_DELAYED, MESSAGE_REPLY, ROOT_NODE
-from qtfs_common.spinning cimport SPIN_CAP_US, move_away, spin_begin, spin_shares, spin_turn
+from qtfs_common.spinning cimport SPIN_CAP_US, move_away, spin_begin, spin_found, spin_shares, spin_turn
 from qtfs_common.transport cimport WAIT_READABLE, WAIT_WOKEN, WAIT_WRITABLE, message, now_us
 
 cdef enum:
@@ -154,6 +154,8 @@ cdef int _spin(worker *w, message *reply) noexcept nogil:
             look = w.spinner.spent_us + PATIENCE_US // 4
             if not is_quiet(w.mount.device):
                 hand_over(w)
+    if found > 0:
+        spin_found(&w.spinner, now)
     # Not where the caller runs: /proc/PID/stat would tell, but must not be read in a FLUSH, callers.pyx says why.
     if spin_shares(&w.spinner, SHARED_TURNS, now):
         move_away()

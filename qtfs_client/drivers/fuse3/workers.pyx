@@ -17,7 +17,7 @@ from qtfs_client.drivers.fuse3.state cimport BACKLOG, BUFFER_BYTES, FORGETS_AT_O
 from qtfs_client.includes.fuse_abi cimport fuse_in_header
 from qtfs_client.includes.linux cimport load_int, pthread_mutex_lock, pthread_mutex_unlock, read, store_u64
 from qtfs_common.includes.polling cimport POLLIN, poll, pollfd
-from qtfs_common.spinning cimport SPIN_CAP_US, spin_begin, spin_turn
+from qtfs_common.spinning cimport SPIN_CAP_US, spin_begin, spin_found, spin_turn
 from qtfs_common.transport cimport now_us
 
 cdef enum:
@@ -137,6 +137,8 @@ cdef ssize_t _look(worker *w, int64_t now) noexcept nogil:
         got = _read_device(w, device)
         if got == -EAGAIN:
             now = spin_turn(&w.looker, now)
+    if got != -EAGAIN:
+        spin_found(&w.looker, now)
     w.look_credit = w.look_credit - 1 if got == -EAGAIN else min(w.look_credit + 1, LOOK_CREDIT)
     return got
 

@@ -31,12 +31,12 @@ cdef extern from *:
     #include <unistd.h>
 
     /* In C, and out of line: the child must not return, nor touch what its parent goes on with. */
-    static __attribute__((noinline)) pid_t qtfs_start_apart(void (*close_others)(int), int kept, void (*call)(void *),
-                                                            void *argument, volatile int *done)
+    static __attribute__((noinline)) pid_t qtfs_start_apart(void (*close_others)(int, int), int kept, int also,
+                                                            void (*call)(void *), void *argument, volatile int *done)
     {
         pid_t pid = vfork();
         if (pid == 0) {
-            close_others(kept);
+            close_others(kept, also);
             call(argument);
             *done = 1;
             _exit(0);
@@ -44,7 +44,8 @@ cdef extern from *:
         return pid;
     }
     """
-    int qtfs_start_apart(void (*)(int) noexcept nogil, int, void (*)(void *) noexcept nogil, void *, int *) noexcept nogil
+    int qtfs_start_apart(void (*)(int, int) noexcept nogil, int, int, void (*)(void *) noexcept nogil, void *,
+                         int *) noexcept nogil
 
 cdef enum:
     MAX_HANDLE_BYTES = 128          # MAX_HANDLE_SZ
@@ -108,15 +109,18 @@ cdef void _close_range(unsigned int first, unsigned int last) noexcept nogil:
             close(<int>fd)
 
 
-cdef void close_all_but(int kept) noexcept nogil:
-    """Close every descriptor of the calling process but one; -1: all."""
-    if kept > 0:
-        _close_range(0, kept - 1)
-    _close_range(kept + 1, <unsigned int>0x7fffffff)
+cdef void close_all_but(int kept, int also) noexcept nogil:
+    """Close every descriptor of the calling process but two; -1: there is none."""
+    cdef int first = min(kept, also), last = max(kept, also)
+    if first > 0:
+        _close_range(0, first - 1)
+    if last > first + 1:
+        _close_range(first + 1, last - 1)
+    _close_range(last + 1, <unsigned int>0x7fffffff)
 
 
-cdef int call_apart(apart_call call, void *argument, int kept) noexcept nogil:
-    """Return when a process that has none of our descriptors but `kept` has made a call. 0, or -errno.
+cdef int call_apart(apart_call call, void *argument, int kept, int also) noexcept nogil:
+    """Return when a process that has none of our descriptors but `kept` and `also` has made a call. 0, or -errno.
 
     -EINTR: somebody killed it, and nobody knows how far it came. Else there was none. It uses our memory, and our stack:
     the call must not take locks, nor memory from malloc(3), which would stay locked if we are killed.
@@ -125,7 +129,7 @@ cdef int call_apart(apart_call call, void *argument, int kept) noexcept nogil:
     cdef int pid, error, done = 0
     sigfillset(&every)
     pthread_sigmask(SIG_BLOCK, &every, &before)         # a handler would run in it, on what is ours
-    pid = qtfs_start_apart(close_all_but, kept, call, argument, &done)
+    pid = qtfs_start_apart(close_all_but, kept, also, call, argument, &done)
     error = errno
     pthread_sigmask(SIG_SETMASK, &before, NULL)
     if pid < 0:
@@ -211,7 +215,7 @@ def place_of(str path) -> Place:
     memset(&at, 0, sizeof(at))
     at.path = name
     with nogil:
-        status = call_apart(_look_up, &at, -1)
+        status = call_apart(_look_up, &at, -1, -1)
     _check(-status or at.error, path)
     return _found(&at)
 
@@ -254,7 +258,7 @@ def attach(int mounted, str path) -> None:
     to.mounted = mounted
     to.error = 0
     with nogil:
-        status = call_apart(_attach, &to, mounted)
+        status = call_apart(_attach, &to, mounted, -1)
     _check(-status or to.error, path)
 
 
@@ -291,5 +295,5 @@ def take_away(str path, int mount_id) -> None:
     mount.mount_id = mount_id
     mount.proc = PROC
     with nogil:
-        status = call_apart(_take_away, &mount, mount.proc)
+        status = call_apart(_take_away, &mount, mount.proc, -1)
     _check(-status, path)

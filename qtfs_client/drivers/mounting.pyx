@@ -214,7 +214,7 @@ def close_under(int fd) -> None:
 cdef void _write_back(const char *path) noexcept nogil:
     """What a child does: with none of our descriptors, as one on /dev/fuse would keep everybody waiting when we are killed."""
     cdef int fd
-    close_all_but(-1)
+    close_all_but(-1, -1)
     fd = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC)
     _exit(0 if fd >= 0 and syncfs(fd) == 0 else 1)
 

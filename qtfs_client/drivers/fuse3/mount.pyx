@@ -4,11 +4,11 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memset
 
-from qtfs_client.drivers.apart cimport call_apart
 from qtfs_client.drivers.fuse3.callers cimport callers_can_be_seen
-from qtfs_client.drivers.fuse3.device cimport clone_device, expire_name, negotiate
+from qtfs_client.drivers.fuse3.device cimport clone_device, negotiate
 from qtfs_client.drivers.fuse3.events cimport watch
 from qtfs_client.drivers.fuse3.exchange cimport stop
+from qtfs_client.drivers.fuse3.notices cimport expire_name_apart
 from qtfs_client.drivers.fuse3.special cimport SpecialRules
 from qtfs_client.drivers.fuse3.state cimport BUFFER_BYTES, CACHE_ALWAYS, CACHE_AUTO, CACHE_NONE, FORGETS_AT_ONCE, \
     LINK_LOST, LINK_READY, LINK_UP, REQUEST_PAYLOAD, line, mount_change, mount_state, pending_request, waiting, \
@@ -102,31 +102,6 @@ cdef void _look(mount_state *m, mount_figures *out) noexcept nogil:
         out.orphans += wait.orphan
         wait = wait.next
     pthread_mutex_unlock(&m.guard)
-
-
-cdef struct expiry:
-    mount_state *mount
-    int device
-    uint64_t directory
-    const char *name
-    size_t name_bytes
-
-
-cdef void _tell_kernel(void *argument) noexcept nogil:
-    cdef expiry *what = <expiry *>argument
-    expire_name(what.mount, what.device, what.directory, what.name, what.name_bytes)
-
-
-cdef void _expire_name(expiry *what) noexcept nogil:
-    """By a process that has a clone of the device: what the workers took from theirs ends with them, when we are killed
-    (fuse_dev_release in fs/fuse/dev.c), and so whoever keeps the directory busy. If none can be had, by ourselves.
-    """
-    cdef int clone = clone_device(what.mount.device)
-    what.device = clone if clone >= 0 else what.mount.device
-    if call_apart(_tell_kernel, what, what.device) < 0:
-        _tell_kernel(what)
-    if clone >= 0:
-        close(clone)
 
 
 cdef class Mount:
@@ -385,13 +360,10 @@ cdef class Mount:
 
         Not from a thread that serves requests.
         """
-        cdef expiry what
-        what.mount = &self.m
-        what.directory = directory
-        what.name = name
-        what.name_bytes = len(name)
+        cdef const char *text = name
+        cdef size_t name_bytes = len(name)
         with nogil:
-            _expire_name(&what)
+            expire_name_apart(&self.m, directory, text, name_bytes)
 
     def disconnect(self) -> None:
         """Give the device up, once no thread serves it: whoever waits for it in the kernel gets ECONNABORTED."""

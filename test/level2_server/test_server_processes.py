@@ -158,15 +158,19 @@ def test_another_process_with_the_number_is_not_meant(asking: Session, directory
 
 def test_a_number_that_was_given_out_again(asking: Session, directory: Path) -> None:
     """A process of the same name gets the very pid: who means the first one does not reach the second."""
+    # Somebody else may be given it in the meantime, and keep it.
+    assert any(_is_given_out_again(asking, directory) for _ in range(10)), "the pid could not be had again"
+
+
+def _is_given_out_again(asking: Session, directory: Path) -> bool:
     with victim(directory) as first:
         found = entry(asking, first.pid)
         assert found is not None
         first.kill()
         first.wait()
     time.sleep(2 / os.sysconf("SC_CLK_TCK"))  # so that the second begins in another tick
-    last = Path("/proc/sys/kernel/ns_last_pid")
-    for _ in range(50):
-        last.write_text(str(found.pid - 1))
+    for _ in range(10):
+        Path("/proc/sys/kernel/ns_last_pid").write_text(str(found.pid - 1))
         with victim(directory) as second:
             if second.pid != found.pid:
                 continue
@@ -175,8 +179,8 @@ def test_a_number_that_was_given_out_again(asking: Session, directory: Path) -> 
             with refused(errno.ESRCH):
                 set_affinity(asking, found.pid, {0}, found.start)
             assert second.poll() is None
-            return
-    pytest.fail("the pid could not be had again")
+            return True
+    return False
 
 
 def test_kill_while_processes_come_and_go(asking: Session, directory: Path) -> None:

@@ -8,7 +8,7 @@ what comes, until the first one is done; then both are gone, and the mount with 
 Sources: fs/fuse/dev.c (fuse_dev_release), fs/fuse/dir.c (fuse_reverse_inval_entry), clone(2), pidfd_open(2).
 """
 from libc.errno cimport ECONNABORTED
-from libc.stdint cimport int64_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint64_t
 
 from qtfs_client.drivers.apart cimport call_apart
 from qtfs_client.drivers.fuse3.device cimport clone_device, expire_name, write_reply
@@ -18,13 +18,24 @@ from qtfs_client.includes.linux cimport O_CLOEXEC, close, read
 from qtfs_common.includes.mounts cimport syscall
 from qtfs_common.includes.polling cimport POLLERR, POLLIN, poll, pollfd
 
+cdef extern from *:
+    """
+    #ifndef _GNU_SOURCE
+    #define _GNU_SOURCE
+    #endif
+    """
+
+cdef extern from "<sched.h>" nogil:
+    enum:
+        CLONE_VM
+    int clone(int (*)(void *) noexcept nogil, void *, int, void *)
+
 cdef extern from "<signal.h>" nogil:
     enum:
         SIGCHLD
 
 cdef extern from "<sys/syscall.h>" nogil:
     enum:
-        SYS_clone
         SYS_pidfd_open
 
 cdef extern from "<sys/wait.h>" nogil:
@@ -32,7 +43,9 @@ cdef extern from "<sys/wait.h>" nogil:
 
 cdef extern from "<unistd.h>" nogil:
     int pipe2(int *, int)
-    void _exit(int)
+
+cdef enum:
+    STACK_BYTES = 16384             # of who tells the kernel
 
 cdef struct notice:
     mount_state *mount
@@ -72,16 +85,24 @@ cdef void _guard(const notice *what, int teller) noexcept nogil:
     waitpid(teller, NULL, 0)
 
 
-cdef void _tell_kernel(void *argument) noexcept nogil:
+cdef int _tell_kernel(void *argument) noexcept nogil:
     cdef notice *what = <notice *>argument
-    # Not fork(3), which takes locks.
-    cdef long pid = syscall(SYS_clone, <int64_t>SIGCHLD, <int64_t>0, <int64_t>0, <int64_t>0, <int64_t>0)
-    if pid > 0:
-        _guard(what, <int>pid)
-        return
     expire_name(what.mount, what.device, what.directory, what.name, what.name_bytes)
-    if pid == 0:
-        _exit(0)
+    return 0
+
+
+cdef void _tell_guarded(void *argument) noexcept nogil:
+    """Start who tells the kernel, in memory that is ours until he has ended, and guard the mount meanwhile.
+
+    By clone(2), since fork(3) takes locks and copies page tables.
+    """
+    cdef uint8_t stack[STACK_BYTES]
+    cdef uint8_t *top = stack + STACK_BYTES - <size_t>(stack + STACK_BYTES) % 16
+    cdef int teller = clone(_tell_kernel, top, CLONE_VM | SIGCHLD, argument)
+    if teller > 0:
+        _guard(<notice *>argument, teller)
+    else:
+        _tell_kernel(argument)
 
 
 cdef void expire_name_apart(mount_state *m, uint64_t directory, const char *name, size_t name_bytes) noexcept nogil:
@@ -97,7 +118,7 @@ cdef void expire_name_apart(mount_state *m, uint64_t directory, const char *name
     if pipe2(ends, O_CLOEXEC) == 0:
         what.alive = ends[0]
         if what.device >= 0:
-            status = call_apart(_tell_kernel, &what, what.device, what.alive)
+            status = call_apart(_tell_guarded, &what, what.device, what.alive)
         close(ends[0])
         close(ends[1])
     if what.device >= 0:

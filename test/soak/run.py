@@ -60,7 +60,7 @@ class Soak:
         self._stages += 1
         area = self.area / f"stage-{self._stages}"
         area.mkdir()
-        grace_s = SHORT_GRACE_S if CLIENT in kind or kind == BOTH else GRACE_S
+        grace_s = SHORT_GRACE_S if kind.endswith((CLIENT, BOTH)) else GRACE_S
         try:
             with self._stage(area, transport, grace_s) as stage:
                 for seed in seeds:

@@ -1,7 +1,8 @@
 """Attaching a FUSE file system to the tree, through libfuse 3: mount(2) for root, fusermount3(1) for everybody else.
 
-libfuse makes the mount and takes it down; the requests of /dev/fuse are read by the driver itself.
-Sources: fuse_lowlevel.h, fuse_log.h, mount.fuse3(8), setns(2).
+libfuse makes the mount and takes it down; the requests of /dev/fuse are read by the driver itself. What is to be mounted
+below another mount of ours is made by the mount API instead (`new_mount`), for its way there is apart.pyx's business.
+Sources: fuse_lowlevel.h, fuse_log.h, mount.fuse3(8), fsopen(2), setns(2).
 """
 from libc.errno cimport errno
 from libc.string cimport memset

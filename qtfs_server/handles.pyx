@@ -22,7 +22,7 @@ from qtfs_server.includes.linux cimport AT_FDCWD, F_SETFL, O_ACCMODE, O_APPEND, 
 from qtfs_server.node_descriptors cimport node_hold, node_let_go, node_unpin
 from qtfs_server.session cimport HANDLE_ENDED, HANDLE_IN_USE, HANDLE_LOST, HANDLE_POLLABLE, HANDLE_STORED, \
     HANDLE_STREAM, HANDLE_WRITABLE, NO_INDEX, handle, handle_at, node, session, session_hold, session_unref
-from qtfs_server.shares cimport max_handles
+from qtfs_server.shares cimport max_handles, max_nodes
 from qtfs_server.state_file cimport HANDLES, grow
 from qtfs_server.stuck cimport close_hangs
 
@@ -51,9 +51,25 @@ cdef void set_stream_functions(stream_function released, stream_function closing
     _closing = closing
 
 
+cdef bint _room_for_handle_locked(const session *s) noexcept nogil:
+    return s.handles_used < max_handles and within_share(s.handles_used + s.lock_files)
+
+
+cdef int session_room(session *s, bint with_handle) noexcept nogil:
+    """See that a file which is about to be made can have its node, and its handle: 0 or -ENFILE.
+
+    Who comes at the same time may be quicker; then the file is there, and is refused all the same.
+    """
+    cdef bint room
+    pthread_mutex_lock(&s.guard)
+    room = s.nodes_used < max_nodes and (not with_handle or _room_for_handle_locked(s))
+    pthread_mutex_unlock(&s.guard)
+    return 0 if room else -ENFILE
+
+
 cdef uint32_t _new_handle_locked(session *s) noexcept nogil:
     cdef uint32_t index = s.handle_free
-    if s.handles_used >= max_handles or not within_share(s.handles_used + s.lock_files):
+    if not _room_for_handle_locked(s):
         return NO_INDEX
     if index != NO_INDEX:
         s.handle_free = handle_at(s, index).next_free

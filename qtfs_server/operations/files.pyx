@@ -27,7 +27,7 @@ from qtfs_server.request cimport DEFERRED, MALFORMED, as_caller, note_handle, no
 from qtfs_server.attributes cimport lies_on_pseudo, signature, stat_fd
 from qtfs_server.descriptors cimport proc_path
 from qtfs_server.fd_store cimport storing
-from qtfs_server.handles cimport handle_end, handle_hold, handle_new, handle_pin, handle_unpin
+from qtfs_server.handles cimport handle_end, handle_hold, handle_new, handle_pin, handle_unpin, session_room
 from qtfs_server.node_descriptors cimport node_pin, node_unpin
 from qtfs_server.nodes cimport child_allowed, node_allowed, node_enter, node_enter_fd, node_forget
 from qtfs_server.session cimport HANDLE_APPEND, HANDLE_POLLABLE, HANDLE_STREAM, HANDLE_WRITABLE, handle, node, \
@@ -227,16 +227,21 @@ cdef int _open_existing(request *r, node *parent, const char *name, size_t name_
 
 
 cdef int _open_made(request *r, int directory, const char *name) noexcept nogil:
-    """Make a file for the caller and open it. A descriptor, or -1 and errno."""
+    """Make a file for the caller and open it. A descriptor or -errno."""
     cdef create_request *body = <create_request *>r.body
-    cdef int fd, flags = (body.flags & PASSED_FLAGS) | O_NOFOLLOW | O_NOCTTY | O_CLOEXEC
+    cdef int error, fd, flags = (body.flags & PASSED_FLAGS) | O_NOFOLLOW | O_NOCTTY | O_CLOEXEC
     if was_made(r, directory, name, S_IFREG, 0):
         act_as_root(r.me)           # its mode binds others than its maker
-        return openat(directory, name, flags)
+        fd = openat(directory, name, flags)
+        return fd if fd >= 0 else -errno
+    error = session_room(r.s, True)
+    if error < 0:
+        return error
     umask(r.who.umask)
     fd = openat(directory, name, flags | O_CREAT | O_EXCL, body.mode & 0o7777)
+    error = -errno if fd < 0 else 0
     umask(0)
-    return fd
+    return fd if error == 0 else error
 
 
 cdef int _create(request *r, node *parent, const char *name, size_t name_bytes) noexcept nogil:
@@ -249,7 +254,7 @@ cdef int _create(request *r, node *parent, const char *name, size_t name_bytes) 
     if denied == 0:
         note_name(r, parent.fd, name)
         fd = _open_made(r, parent.fd, name)
-        denied = -errno if fd < 0 else 0
+        denied = min(fd, 0)
     if fd >= 0:
         return _grant_made(r, fd, where, body.flags, <create_reply *>r.reply)
     if body.flags & O_EXCL or denied not in (-EEXIST, -EACCES, -EROFS):
@@ -290,6 +295,8 @@ cdef int op_tmpfile(request *r) noexcept nogil:
     if error < 0:
         return error
     error = node_allowed(parent, parent.fd, ALLOW_CREATE | _needed(body.flags))
+    if error == 0:
+        error = session_room(r.s, True)
     if error == 0:
         as_caller(r)
         umask(r.who.umask)

@@ -16,6 +16,7 @@ from qtfs_server.policy cimport ALLOW_CREATE, ALLOW_MKDIR, ALLOW_OPEN, ALLOW_REA
 from qtfs_server.request cimport MALFORMED, as_caller, note_node, request, take_name, copy_text
 from qtfs_server.descriptors cimport proc_path
 from qtfs_server.fd_store cimport storing
+from qtfs_server.handles cimport session_room
 from qtfs_server.node_descriptors cimport node_pin, node_unpin
 from qtfs_server.nodes cimport child_allowed, node_allowed, node_enter, node_forget, node_renamed
 from qtfs_server.session cimport node
@@ -89,9 +90,8 @@ cdef int _begin_named(request *r, const char *name, size_t length, uint16_t need
     return 0
 
 
-cdef int _finish_made(request *r, int result, node *parent, const char *name, size_t name_bytes) noexcept nogil:
-    """Reply with the entry of what was just made."""
-    cdef int error = -errno if result < 0 else 0
+cdef int _finish_made(request *r, int error, node *parent, const char *name, size_t name_bytes) noexcept nogil:
+    """Reply with the entry of what was just made, or why it was not."""
     umask(0)
     if error == 0:
         error = node_enter(r.s, parent, name, name_bytes, False, <entry *>r.reply)
@@ -108,15 +108,16 @@ cdef int op_mknod(request *r) noexcept nogil:
     cdef node *parent = NULL
     cdef uint64_t device
     cdef int error = _begin(r, sizeof(mknod_request), ALLOW_CREATE, name, &parent)
-    cdef int result = 0
     if error < 0:
         return error
     device = makedev(body.rdev >> 8 & 0xfff, (body.rdev & 0xff) | (body.rdev >> 12 & 0xfff00))
     note_name(r, parent.fd, name)
     umask(r.who.umask)
     if not was_made(r, parent.fd, name, body.mode & S_IFMT or S_IFREG, 0):
-        result = mknodat(parent.fd, name, body.mode, device)
-    return _finish_made(r, result, parent, name, r.body_bytes - sizeof(mknod_request))
+        error = session_room(r.s, False)
+        if error == 0 and mknodat(parent.fd, name, body.mode, device) < 0:
+            error = -errno
+    return _finish_made(r, error, parent, name, r.body_bytes - sizeof(mknod_request))
 
 
 cdef int op_mkdir(request *r) noexcept nogil:
@@ -124,14 +125,15 @@ cdef int op_mkdir(request *r) noexcept nogil:
     cdef char name[MAX_NAME + 1]
     cdef node *parent = NULL
     cdef int error = _begin(r, sizeof(mkdir_request), ALLOW_MKDIR, name, &parent)
-    cdef int result = 0
     if error < 0:
         return error
     note_name(r, parent.fd, name)
     umask(r.who.umask)
     if not was_made(r, parent.fd, name, S_IFDIR, 0):
-        result = mkdirat(parent.fd, name, (<mkdir_request *>r.body).mode)
-    return _finish_made(r, result, parent, name, r.body_bytes - sizeof(mkdir_request))
+        error = session_room(r.s, False)
+        if error == 0 and mkdirat(parent.fd, name, (<mkdir_request *>r.body).mode) < 0:
+            error = -errno
+    return _finish_made(r, error, parent, name, r.body_bytes - sizeof(mkdir_request))
 
 
 cdef int op_symlink(request *r) noexcept nogil:
@@ -140,7 +142,7 @@ cdef int op_symlink(request *r) noexcept nogil:
     cdef char target[MAX_PATH]
     cdef symlink_request *body = <symlink_request *>r.body
     cdef node *parent = NULL
-    cdef int error, result = 0
+    cdef int error
     if r.body_bytes < sizeof(symlink_request) or \
             r.body_bytes != sizeof(symlink_request) + <size_t>body.name_bytes + body.target_bytes:
         return MALFORMED
@@ -153,8 +155,10 @@ cdef int op_symlink(request *r) noexcept nogil:
         return error
     note_name(r, parent.fd, name)
     if not was_made(r, parent.fd, name, S_IFLNK, 0):
-        result = symlinkat(target, parent.fd, name)
-    return _finish_made(r, result, parent, name, body.name_bytes)
+        error = session_room(r.s, False)
+        if error == 0 and symlinkat(target, parent.fd, name) < 0:
+            error = -errno
+    return _finish_made(r, error, parent, name, body.name_bytes)
 
 
 cdef int _link_must_not_widen(node *target, place where) noexcept nogil:

@@ -7,7 +7,7 @@ import os
 import resource
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -129,7 +129,33 @@ def test_a_file_that_is_refused_when_it_is_there_leaves_no_node(tmp_path: Path, 
             assert refused.value.errno == errno.ENFILE
         after = engine.figures()["sessions"][0]
         assert [after[key] - before[key] for key in ("nodes", "lookups", "handles")] == [0, 0, 0]
+        assert not [*engine.share.glob("new*")]
         wait_until(lambda: engine.descriptors() <= descriptors, "the descriptors to be closed")
+
+
+def test_nothing_is_made_for_whom_there_is_no_room(tmp_path: Path) -> None:
+    """ENFILE is all that comes of it, as on a file system of the server's own."""
+    with EngineProcess(tmp_path, arguments=["--max-nodes", "1024"]).running() as engine:
+        for i in range(1023):
+            (engine.share / f"f{i}").touch()
+        with Session(engine.address, engine.share) as greedy:
+            nodes = [greedy.lookup(ROOT, b"f%d" % i).node for i in range(1023)]
+            makers: list[Callable[[bytes], object]] = [
+                lambda name: greedy.mkdir(ROOT, name),
+                lambda name: greedy.mknod(ROOT, name, 0o10644),
+                lambda name: greedy.symlink(ROOT, name, b"to"),
+                lambda name: greedy.create(ROOT, name),
+            ]
+            for make in makers:
+                with pytest.raises(OSError) as refused:
+                    make(b"new")
+                assert refused.value.errno == errno.ENFILE
+                assert not os.path.lexists(engine.share / "new")
+                greedy.forget((nodes.pop(), 1))
+                make(b"new")
+                (engine.share / "made").mkdir(exist_ok=True)
+                (engine.share / "new").rename(engine.share / "made" / str(len(nodes)))
+        assert len([*(engine.share / "made").iterdir()]) == len(makers)
 
 
 def waiting_locks(engine: EngineProcess) -> list[int]:

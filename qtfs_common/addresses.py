@@ -8,6 +8,7 @@ text                         meaning
 ``unix:///path``             Unix stream socket on this machine
 ``pcie://BDF/resourceN``     a PCIe BAR mapped from sysfs
 ``shm:///path``              the same rings in a shared file
+``...?bell=ADDRESS``         behind either of these two: the socket address that wakes who sleeps, between machines
 ``2`` or ``2:12345``         vsock, as the C original took it
 ``192.0.2.1`` or ``::1``     TCP to that IP address
 ``HOST:PORT``                TCP
@@ -55,6 +56,7 @@ _UNACKNOWLEDGED_MS = 80_000
 _DIRECTORY_LOCK_SECONDS = 5.0
 _LABEL = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)")
 _LOOKS_NUMERIC = re.compile(r"(0[xX][0-9A-Fa-f]*|[0-9]+)")
+_BELL = "?bell="
 _BDF = re.compile(r"(?:([0-9a-f]{4,8}):)?([0-9a-f]{2}):([01][0-9a-f])\.([0-7])")
 
 
@@ -125,15 +127,19 @@ class UnixAddress:
         return False
 
 
+SocketAddress: TypeAlias = VsockAddress | TcpAddress | UnixAddress
+
+
 @dataclass(frozen=True, slots=True)
 class PcieAddress:
     """A PCIe function, as domain:bus:device.function, and the number of its BAR (0-5)."""
 
     device: str
     resource: int
+    bell: SocketAddress | None = None
 
     def __str__(self) -> str:
-        return f"pcie://{self.device}/resource{self.resource}"
+        return f"pcie://{self.device}/resource{self.resource}{_bell_text(self.bell)}"
 
     @property
     def sysfs_path(self) -> str:
@@ -156,9 +162,10 @@ class ShmAddress:
     """An absolute path of a file that both sides map."""
 
     path: str
+    bell: SocketAddress | None = None
 
     def __str__(self) -> str:
-        return f"shm://{self.path}"
+        return f"shm://{self.path}{_bell_text(self.bell)}"
 
     @property
     def is_loopback(self) -> bool:
@@ -171,7 +178,11 @@ class ShmAddress:
         return False
 
 
-Address: TypeAlias = VsockAddress | TcpAddress | UnixAddress | PcieAddress | ShmAddress
+def _bell_text(bell: SocketAddress | None) -> str:
+    return "" if bell is None else f"{_BELL}{bell}"
+
+
+Address: TypeAlias = SocketAddress | PcieAddress | ShmAddress
 
 
 # ---------------------------------------------------------------------------------------------------------- parsing
@@ -189,9 +200,10 @@ def parse_address(text: str, default_port: int = DEFAULT_PORT) -> Address:
     if scheme == "unix":
         return UnixAddress(_parse_unix_path(text, rest))
     if scheme == "pcie":
-        return _parse_pcie(text, rest)
+        return _parse_pcie(text, *_split_bell(text, rest, default_port))
     if scheme == "shm":
-        return ShmAddress(_parse_path(text, rest))
+        path, bell = _split_bell(text, rest, default_port)
+        return ShmAddress(_parse_path(text, path), bell)
     raise AddressError(text, f"unknown transport '{scheme}' (vsock, tcp, unix, pcie and shm exist)")
 
 
@@ -246,7 +258,21 @@ def _canonical_host(text: str, host: str) -> str:
     return host.lower()
 
 
-def _parse_pcie(text: str, rest: str) -> PcieAddress:
+def _split_bell(text: str, rest: str, default_port: int) -> tuple[str, SocketAddress | None]:
+    """What stands before the bell, and the bell's address."""
+    place, separator, bell_text = rest.partition(_BELL)
+    if not separator:
+        return rest, None
+    try:
+        bell = parse_address(bell_text, default_port)
+    except AddressError as error:
+        raise AddressError(text, f"its bell '{bell_text}': {error.reason}") from error
+    if isinstance(bell, PcieAddress | ShmAddress):
+        raise AddressError(text, f"its bell '{bell_text}': is no socket (vsock, tcp or unix)")
+    return place, bell
+
+
+def _parse_pcie(text: str, rest: str, bell: SocketAddress | None) -> PcieAddress:
     device, _, resource = rest.partition("/")
     match = _BDF.fullmatch(device.lower())
     if match is None:
@@ -254,7 +280,7 @@ def _parse_pcie(text: str, rest: str) -> PcieAddress:
     if not re.fullmatch(r"resource[0-5]", resource):
         raise AddressError(text, f"'{resource}' is not resource0 to resource5")
     domain, bus, slot, function = match.groups()
-    return PcieAddress(f"{domain or '0000'}:{bus}:{slot}.{function}", int(resource[-1]))
+    return PcieAddress(f"{domain or '0000'}:{bus}:{slot}.{function}", int(resource[-1]), bell)
 
 
 def _parse_unix_path(text: str, path: str) -> str:
@@ -328,7 +354,7 @@ def listen_socket(address: Address, backlog: int = 1024) -> socket.socket:
     raise AddressError(address, "this transport has no socket")
 
 
-def bound_address(sock: socket.socket) -> Address:
+def bound_address(sock: socket.socket) -> SocketAddress:
     """Where ``sock`` really listens: the port that the kernel chose in place of 0."""
     name = sock.getsockname()
     if sock.family == socket.AF_UNIX:

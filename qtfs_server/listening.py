@@ -14,7 +14,7 @@ from qtfs_common.rings.geometry import Layout
 from qtfs_server.rings import RingListener
 from qtfs_server.server import Server
 
-#: Descriptors of one address, by what they are: its lock, and its socket or the bell and the memory of rings.
+#: Descriptors of one address, by what they are: its lock, and its socket or the bells and the memory of rings.
 Descriptors = Mapping[str, int]
 
 
@@ -34,7 +34,7 @@ class Listening:
     @property
     def name(self) -> str:
         """The address, with the port that the kernel chose; without blanks."""
-        return address_name(self.address if isinstance(self.heard, RingListener) else bound_address(self.heard))
+        return address_name(self.heard.address if isinstance(self.heard, RingListener) else bound_address(self.heard))
 
     @contextlib.contextmanager
     def serving(self, server: Server, has_key: bool) -> Iterator[Address]:
@@ -42,7 +42,7 @@ class Listening:
         # Who has a key wants it used. Who may use a Unix socket, or the memory, its own mode says.
         if isinstance(self.heard, RingListener):
             with self.heard.serving(server, False):
-                yield self.address
+                yield self.heard.address
         else:
             server.listen(self.heard.fileno(), has_key and not isinstance(self.address, UnixAddress))
             yield bound_address(self.heard)

@@ -1,12 +1,14 @@
-"""Serving clients over shared memory: laying it out, its bell socket, and clients on other machines.
+"""Serving clients over shared memory: laying it out, its bell sockets, and clients on other machines.
 
-A client of this machine connects to the bell socket and says which channel it has claimed. For one on another machine,
-which cannot, our link does: it sees the claim in the memory. So the engine's workers know connections of one kind only.
+A client connects to a bell socket and says which channel it has claimed: one of this machine to a Unix socket, one of
+another to the bell that the address names. Where it names none, our link comes in its place: it sees the claim in the
+memory. So the engine's workers know connections of one kind only.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import logging
 import os
@@ -17,7 +19,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from qtfs_common.addresses import ShmAddress, UnixAddress, listen_socket
+from qtfs_common.addresses import ShmAddress, SocketAddress, UnixAddress, bound_address, listen_socket
 from qtfs_common.errors import AddressInUseError, ListenError
 from qtfs_common.rings.geometry import Geometry, Layout, LayoutError
 from qtfs_common.rings.link import Link
@@ -56,7 +58,7 @@ class RingListener:
         self.address = address
         self._layout = layout
         # Beside the file, where clients look for it; nobody but our own link comes for a BAR.
-        name = f"bell@{str(address).replace('/', '_')}"
+        name = f"bell@{str(dataclasses.replace(address, bell=None)).replace('/', '_')}"
         self._bell_path = bell_path(address) if isinstance(address, ShmAddress) else str(run_dir / name)
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
@@ -71,26 +73,29 @@ class RingListener:
         except OSError as error:
             raise ListenError(f"cannot listen on {self.address}: {error.strerror}", error.errno or 0) from error
         try:
-            self._bell = self._prepare(socket.socket(fileno=taken["bell"]) if taken else None)
+            with contextlib.ExitStack() as stack:
+                self._bells = self._prepare(stack, taken)
+                stack.pop_all()
         except BaseException:
             self._release()
             raise
+        bell = self.address.bell
+        if bell is not None and not isinstance(bell, UnixAddress) and bell.port == 0:
+            self.address = dataclasses.replace(self.address, bell=bound_address(self._bells["far_bell"]))
 
-    def _prepare(self, bell: socket.socket | None) -> socket.socket:
-        """Lock the file, map it, lay it out; the bell socket, unless there is one."""
+    def _prepare(self, stack: contextlib.ExitStack, taken: Mapping[str, int] | None) -> dict[str, socket.socket]:
+        """Lock the file, map it, lay it out; the bell sockets, unless they are there."""
         try:
             if not lock_byte(self._fd, ENGINE_LOCK_AT):
                 raise self._in_use()
             geometry = self._geometry()
             self.memory = RingMemory(self._fd)
             self._see_others()
-            bell = bell or listen_socket(UnixAddress(self._bell_path))
-            try:
-                bell.setblocking(False)
-                self._lay_out(geometry)
-            except BaseException:
-                bell.close()
-                raise
+            bells = {}
+            for name, address in self._bell_addresses().items():
+                bells[name] = socket.socket(fileno=taken[name]) if taken else listen_socket(address)
+                stack.enter_context(bells[name]).setblocking(False)
+            self._lay_out(geometry)
         except LayoutError as error:
             raise ListenError(f"cannot listen on {self.address}: {error}", errno.EINVAL) from error
         except OSError as error:
@@ -99,7 +104,12 @@ class RingListener:
         log.info("%s: %d channels, requests of %d and replies of %d bytes", self.address, geometry.channels,
                  geometry.request_bytes, geometry.reply_bytes)
         self._link = Link(self.memory, True)
-        return bell
+        return bells
+
+    def _bell_addresses(self) -> dict[str, SocketAddress]:
+        """Where clients ring: those of this machine and our own link, and those of other machines that can."""
+        near: dict[str, SocketAddress] = {"bell": UnixAddress(self._bell_path)}
+        return near if self.address.bell is None else {**near, "far_bell": self.address.bell}
 
     def _lay_out(self, geometry: Geometry) -> None:
         self.memory.lay_out(geometry, secrets.randbits(63) | 1, boot_id())
@@ -150,14 +160,18 @@ class RingListener:
     @contextlib.contextmanager
     def serving(self, server: Server, needs_authentication: bool) -> Iterator[None]:
         """Let clients come, also after the memory was taken away and is there again."""
-        server.listen(self._bell.fileno(), needs_authentication, self.memory)
         self._serving = (server, needs_authentication)
+        self._listen(*self._serving)
         self.go_on()
         try:
             yield
         finally:
             self.pause()
             self.memory.leave()
+
+    def _listen(self, server: Server, needs_authentication: bool) -> None:
+        for bell in self._bells.values():
+            server.listen(bell.fileno(), needs_authentication, self.memory)
 
     def go_on(self) -> None:
         """Begin to look after the memory, once it is served, or again."""
@@ -172,14 +186,17 @@ class RingListener:
             self._thread.join()
 
     def descriptors(self) -> dict[str, int]:
-        """Of the bell socket and of the memory, whose lock lies in that one; -1: it was taken away."""
-        return {"bell": self._bell.fileno(), "memory": self._fd}
+        """Of the bell sockets and of the memory, whose lock lies in that one; -1: it was taken away."""
+        return {**{name: bell.fileno() for name, bell in self._bells.items()}, "memory": self._fd}
 
     def close(self) -> None:
-        """Give the bell socket and the lock back; the file stays, as a BAR would."""
-        self._bell.close()
+        """Give the bell sockets and the lock back; the file stays, as a BAR would."""
+        for bell in self._bells.values():
+            bell.close()
         if self._fd >= 0:
-            Path(self._bell_path).unlink(missing_ok=True)
+            for address in self._bell_addresses().values():
+                if isinstance(address, UnixAddress):
+                    Path(address.path).unlink(missing_ok=True)
             self._release()
 
     def _release(self) -> None:
@@ -216,7 +233,8 @@ class RingListener:
     def _renew(self, server: Server, needs_authentication: bool) -> None:
         """The memory was taken away under us: end all that works in it, wait until it is there again."""
         log.error("%s: the memory is gone (%s); waiting for it", self.address, self._what_happened())
-        server.deafen(self._bell.fileno())
+        for bell in self._bells.values():
+            server.deafen(bell.fileno())
         self.memory.give_up()
         server.hang_up(self.memory)
         self._link.watch(0)
@@ -224,7 +242,7 @@ class RingListener:
         while not self._stopping.wait(_RETRY_S):
             # Who still reads or writes file data there must not meet what comes next.
             if self.memory.users == 0 and self._take_again():
-                server.listen(self._bell.fileno(), needs_authentication, self.memory)
+                self._listen(server, needs_authentication)
                 log.warning("%s: the memory is back", self.address)
                 return
 

@@ -21,7 +21,7 @@ import time
 import weakref
 from pathlib import Path
 
-from qtfs_common.addresses import PcieAddress, ShmAddress
+from qtfs_common.addresses import PcieAddress, ShmAddress, connect_socket
 from qtfs_common.errors import ConnectError
 from qtfs_common.rings.channel import RingConnection
 from qtfs_common.rings.link import Link
@@ -47,7 +47,7 @@ RingAddress = PcieAddress | ShmAddress
 
 
 def bell_path(address: ShmAddress) -> str:
-    """The socket that an engine listens on for the clients of its own machine."""
+    """The socket that an engine listens on for the clients of its own machine, unless the address names a bell."""
     return address.path + ".bell"
 
 
@@ -201,6 +201,8 @@ class _Shared:
 
     def _bell(self, number: int, epoch: int, deadline: float) -> tuple[socket.socket, int]:
         """Our end of the channel's bell, and of which kind it is."""
+        if self.address.bell is not None:
+            return self._bell_between_machines(deadline), BELL_SOCKET
         if isinstance(self.address, ShmAddress) and self.boot == boot_id():
             bell = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             try:
@@ -216,6 +218,15 @@ class _Shared:
         far.setblocking(False)
         self._linked().add(number, epoch, far.detach())
         return ours, BELL_LINK
+
+    def _bell_between_machines(self, deadline: float) -> socket.socket:
+        assert self.address.bell is not None
+        try:
+            bell = connect_socket(self.address.bell, max(deadline - time.monotonic(), 0.001))
+        except ConnectError as error:
+            raise self._fail(str(error), error.errno) from error
+        bell.setblocking(False)
+        return bell
 
     def _is_served(self, connection: RingConnection, deadline: float) -> bool:
         while not connection.served:

@@ -39,9 +39,12 @@ BOOT_MODULES = ("virtio_pci", "9pnet_virtio", "9p", "overlay")
 #: Where the script's directory is in the guest.
 INSIDE = "/run/guest"
 _TAIL_LINES = 40
+#: QEMU's arguments for a network card from which the guest reaches this machine's loopback addresses as 10.0.2.2.
+USER_NETWORK = ("-netdev", "user,id=network", "-device", "virtio-net-pci,netdev=network,romfile=")
 _IVSHMEM_SLOT = "0x10"  # the same when it comes again
 _MONITOR = ("-chardev", "stdio,id=monitor", "-mon", "monitor,mode=control")
 _KILL_TIMEOUT_S = 20.0
+_ANSWER_TIMEOUT_S = 60.0
 # lsm: Linux 6.1 with an empty bpf module lets users without capabilities write security.* attributes.
 _KERNEL_ARGUMENTS = "console=ttyS0 panic=-1 oops=panic loglevel=5 random.trust_cpu=on mitigations=off lsm=capability"
 
@@ -226,11 +229,24 @@ class Boot:
         (self._files.job / f"told.{word}").touch()
 
     def monitor(self, command: str, **arguments: object) -> None:
-        """Give QEMU a command of its machine protocol, arguments with `_` for `-`. The answer goes to QEMU's log."""
+        """Have QEMU carry out a command of its machine protocol, arguments with `_` for `-`. Raises GuestError."""
         assert self._process.stdin is not None
         names = {name.replace("_", "-"): value for name, value in arguments.items()}
+        before = len(self._answers())
         self._process.stdin.write(json.dumps({"execute": command, "arguments": names}).encode())
         self._process.stdin.flush()
+        deadline = time.monotonic() + _ANSWER_TIMEOUT_S
+        while len(self._answers()) == before:
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                raise self._failure(f"did not answer {command}")
+            time.sleep(0.01)
+        if (answer := self._answers()[before]).startswith('{"error"'):
+            raise self._failure(f"cannot {command}: {answer}")
+
+    def _answers(self) -> list[str]:
+        """QEMU's to its commands, one a line in its log."""
+        lines = _read(self._files.log).split("\n")[:-1]
+        return [line for line in lines if line.startswith(('{"return"', '{"error"'))]
 
     def kill(self) -> None:
         """The power goes off: nothing is written, nobody is told."""

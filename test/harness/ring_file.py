@@ -26,7 +26,7 @@ FOR_MESSAGES, FOR_ROOM, BY_LINK = 1, 2, 4
 
 
 def bar_path(engine: EngineProcess) -> Path:
-    return Path(engine.listen.removeprefix("shm://"))
+    return Path(engine.listen.removeprefix("shm://").partition("?bell=")[0])
 
 
 class RingFile:

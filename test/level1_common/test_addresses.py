@@ -51,6 +51,9 @@ SPELLINGS = [
     ("pcie://03:00.1/resource2", PcieAddress("0000:03:00.1", 2)),
     ("pcie://10000:AB:1f.7/resource0", PcieAddress("10000:ab:1f.7", 0)),
     ("shm:///dev/shm/ring", ShmAddress("/dev/shm/ring")),
+    ("shm:///ring?bell=2", ShmAddress("/ring", VsockAddress(2, DEFAULT_PORT))),
+    ("shm:///ring?x", ShmAddress("/ring?x")),
+    ("pcie://03:00.1/resource2?bell=[::1]:7", PcieAddress("0000:03:00.1", 2, TcpAddress("::1", 7))),
 ]
 
 MISTAKES = [
@@ -94,6 +97,10 @@ MISTAKES = [
     ("pcie://03:00.0", "'' is not resource0"),
     ("pcie://03:00.0/resource6", "'resource6' is not resource0"),
     ("shm://x", "must be absolute"),
+    ("shm:///x?bell=", "its bell '': is empty"),
+    ("shm:///x?bell=tcp://h:x", "its bell 'tcp://h:x': 'x' is not a port"),
+    ("pcie://03:00.0/resource0?bell=shm:///y", "its bell 'shm:///y': is no socket"),
+    ("shm:///?bell=2", "names a directory"),
 ]
 
 
@@ -121,7 +128,7 @@ def test_the_default_port_gives_way_to_the_callers() -> None:
 PATHS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=26).map(
     lambda name: "/" + name.rstrip("/") + "x"
 )
-ADDRESSES = st.one_of(
+SOCKETS = st.one_of(
     st.builds(VsockAddress, st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 2)),
     st.builds(
         TcpAddress,
@@ -132,11 +139,16 @@ ADDRESSES = st.one_of(
         st.integers(0, 65535),
     ),
     st.builds(UnixAddress, PATHS),
-    st.builds(ShmAddress, PATHS),
+)
+BELLS = st.none() | SOCKETS
+ADDRESSES = st.one_of(
+    SOCKETS,
+    st.builds(ShmAddress, PATHS, BELLS),
     st.builds(
         PcieAddress,
         st.from_regex(r"[0-9a-f]{4}:[0-9a-f]{2}:[01][0-9a-f]\.[0-7]", fullmatch=True),
         st.integers(0, 5),
+        BELLS,
     ),
 )
 

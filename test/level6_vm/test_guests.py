@@ -13,8 +13,19 @@ from typing import Any
 
 import pytest
 from harness.engine_process import EngineProcess
-from harness.guest import Boot, Guest, GuestUnavailable, find_kernel, ivshmem, plug_in_again, run_in_guest
+from harness.guest import (
+    USER_NETWORK,
+    Boot,
+    Guest,
+    GuestUnavailable,
+    find_kernel,
+    ivshmem,
+    plug_in_again,
+    run_in_guest,
+)
 from harness.waiting import wait_until
+
+from qtfs_common.addresses import ShmAddress, TcpAddress
 
 HERE = Path(__file__).resolve().parent
 LEVEL3 = HERE.parent / "level3_mount"
@@ -97,7 +108,7 @@ def guest(tmp_path: Path, bar: Path) -> Guest:
     scratch = tmp_path / "guest"
     scratch.mkdir()
     try:
-        return Guest(scratch, devices=ivshmem(bar, BAR_BYTES))
+        return Guest(scratch, devices=[*ivshmem(bar, BAR_BYTES), *USER_NETWORK])
     except GuestUnavailable as reason:
         pytest.skip(str(reason))
 
@@ -105,7 +116,7 @@ def guest(tmp_path: Path, bar: Path) -> Guest:
 @pytest.fixture
 def server(tmp_path: Path, bar: Path) -> Iterator[EngineProcess]:
     engine = EngineProcess(tmp_path / "engine", arguments=["--grace", str(GRACE_S)], workers=8)
-    engine.listen = f"shm://{bar}"
+    engine.listen = f"shm://{bar}?bell=tcp://127.0.0.1:0"
     with engine.running():
         yield engine
 
@@ -121,7 +132,8 @@ def scenarios(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def _script(server: EngineProcess, *parts: str) -> str:
-    return f"share={server.share}\n" + (HERE / "pcie.sh").read_text() + "".join(parts)
+    assert isinstance(server.address, ShmAddress) and isinstance(server.address.bell, TcpAddress)
+    return f"share={server.share}\nport={server.address.bell.port}\n" + (HERE / "pcie.sh").read_text() + "".join(parts)
 
 
 def _restart_under_use(server: EngineProcess, boot: Boot) -> None:

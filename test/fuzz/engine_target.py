@@ -253,7 +253,8 @@ class EngineTarget:
         """Requests, one by one, each with its reply."""
         try:
             slot = self.session.slot(1)
-            for op, flags, body in records(data):
+            said = list(records(data))
+            for op, flags, body in said:
                 slot.sequence += 0 if flags & REPEAT else 2 if flags & SKIP else 1
                 message = wire.message(op, self._made_real(body), slot=1, sequence=slot.sequence, tag=slot.sequence)
                 self._send(slot.connection, message, flags)
@@ -264,7 +265,8 @@ class EngineTarget:
                 assert reply.op == op or flags & REPEAT, reply
                 assert reply.flags == 1 and 0 <= reply.error < 4096, reply
             else:
-                return
+                if all(op != OPERATIONS["DETACH"] for op, _, _ in said):
+                    return  # else the session ended after its reply
         except OSError:  # the engine has ended the connection, which is an answer
             pass
         self._rejoin()

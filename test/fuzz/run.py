@@ -78,6 +78,8 @@ def fuzz(target: str, seconds: int, guided: bool) -> Outcome:
         variables = environment(guided) | {"TMPDIR": area}
         done = subprocess.run(command, env=variables, stdout=subprocess.PIPE, stderr=errors, check=False)
         errors.write(done.stdout)  # where atheris shows an exception
+        for share in Path(area).glob("*/share"):  # of one that crashed
+            subprocess.run(["umount", "-R", share], capture_output=True, check=False)
     reports = [line for line in done.stdout.decode(errors="replace").splitlines() if line.startswith('{"target"')]
     covered = re.findall(r" cov: (\d+) ", log.read_text(errors="replace"))
     found = json.loads(reports[-1]) if reports else {}

@@ -1,4 +1,4 @@
-"""A mount by way of a proxy, which tests break where they want."""
+"""Mounts by way of a proxy, which tests break where they want; and an engine that is there over every transport."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.engine_process import EngineProcess
+from harness.engine_process import ALL_TRANSPORTS, READY, EngineProcess
 from harness.fault_proxy import FaultProxy
 from harness.mounts import MountProcess
 from harness.waiting import wait_until
+
+from qtfs_common.addresses import Address, parse_address
 
 
 @dataclass
@@ -42,3 +44,17 @@ def connected(area: Path, options: str = "", grace_s: int = 60, transport: str =
             yield Line(engine, proxy, mount)
         if engine.process is not None:
             wait_until(engine.is_idle, "the engine to let everything go")
+
+
+@contextlib.contextmanager
+def engine_everywhere(
+    area: Path, grace_s: int = 1, more: tuple[str, ...] = ()
+) -> Iterator[tuple[EngineProcess, dict[str, Address]]]:
+    """One engine, and its address by transport. `more`: further names of shared memory, which have an address, too."""
+    listens = ["tcp://127.0.0.1:0", *(f"shm://{area}/{name}.bar" for name in ("engine", *more))]
+    arguments = [word for address in listens for word in ("--listen", address)]
+    with EngineProcess(area, "unix", arguments=(*arguments, "--grace", str(grace_s)), workers=8).running() as engine:
+        found = READY.search(engine.log())
+        assert found is not None
+        addresses = map(parse_address, found.group(1).split(", "))
+        yield engine, dict(zip((*ALL_TRANSPORTS, *more), addresses, strict=True))

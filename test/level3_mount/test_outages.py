@@ -18,15 +18,13 @@ from subprocess import PIPE
 import pytest
 from calling import calling
 from harness.ends import Ends
-from harness.engine_process import ALL_TRANSPORTS, READY, EngineProcess
+from harness.engine_process import ALL_TRANSPORTS, EngineProcess
 from harness.fault_proxy import Cut, Message, Pair, once, stopped
 from harness.mounts import MountProcess
 from harness.waiting import wait_until
 from kit import outcome
-from lines import connected
+from lines import connected, engine_everywhere
 from lockers import lockers
-
-from qtfs_common.addresses import Address, parse_address
 
 pytestmark = pytest.mark.root
 
@@ -40,17 +38,6 @@ def only_session(engine: EngineProcess) -> dict[str, int]:
     (session,) = engine.figures()["sessions"]
     found: dict[str, int] = session
     return found
-
-
-@contextlib.contextmanager
-def engine_everywhere(area: Path) -> Iterator[tuple[EngineProcess, dict[str, Address]]]:
-    """One engine, and its address by transport."""
-    more = ("--listen", "tcp://127.0.0.1:0", "--listen", f"shm://{area}/engine.bar", "--grace", "1")
-    with EngineProcess(area, "unix", arguments=more, workers=8).running() as engine:
-        found = READY.search(engine.log())
-        assert found is not None
-        addresses = map(parse_address, found.group(1).split(", "))
-        yield engine, dict(zip(ALL_TRANSPORTS, addresses, strict=True))
 
 
 @contextlib.contextmanager
@@ -74,11 +61,11 @@ ENDS: dict[str, list[str]] = {
     "fusermount": ["fusermount3", "-u"],
     "signal": [],
 }
-#: Each way, and each transport; those that ask the server, over all of them.
+#: Each way, and each transport; those that ask the server, and the last resort, over all of them.
 ENDINGS = [
     *(("umount", transport) for transport in ALL_TRANSPORTS),
+    *(("force", transport) for transport in ALL_TRANSPORTS),
     *(("signal", transport) for transport in ("tcp", "shm")),
-    ("force", "tcp"),
     ("lazy", "shm"),
     ("fusermount", "unix"),
 ]

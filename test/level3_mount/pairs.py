@@ -35,10 +35,10 @@ class Pair:
 
 @contextlib.contextmanager
 def mounted(
-    area: Path, transport: str, options: str = "cache=auto", grace: str = "60", kept: int = 0
+    area: Path, transport: str, options: str = "cache=auto", grace: str = "60", kept: int = 0, workers: int = 6
 ) -> Iterator[Pair]:
     """`kept`: a service manager keeps so many descriptors for the engine."""
-    engine = DistantEngine(area / "engine", transport, workers=6, arguments=("--grace", grace), kept=kept)
+    engine = DistantEngine(area / "engine", transport, workers=workers, arguments=("--grace", grace), kept=kept)
     with contextlib.ExitStack() as stack:
         stack.callback(engine.end)
         stack.enter_context(engine.running())

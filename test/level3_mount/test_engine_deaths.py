@@ -14,22 +14,26 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from io import FileIO, IOBase
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
-from disks import ext4
+from disks import ext4, tmpfs
 from harness.distant_engine import DistantEngine
 from harness.ends import Ends
 from harness.engine_process import ALL_TRANSPORTS
-from harness.leaks import environment
+from harness.leaks import descriptors, environment
 from harness.waiting import wait_until
-from kit import outcome
+from kit import linkat_fd, outcome, renameat2
 from lockers import lockers
 from pairs import Pair, mounted
 
 from qtfs_client.drivers.apart import place_of
 
 pytestmark = pytest.mark.root
+
+RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2
 
 
 @pytest.fixture(params=ALL_TRANSPORTS)
@@ -215,6 +219,10 @@ def test_sigterm_and_start_lose_nothing_either(pair: Pair) -> None:
 # ---- what is under way: killed inside the system call, after its effect
 
 
+#: For strace(1): the call is held when it has had its effect, or before it.
+AFTER, BEFORE = "delay_exit=60000000", "delay_enter=60000000"
+
+
 @dataclass(frozen=True)
 class Deed:
     """Something that is not to be done twice, and the system call in which the engine is killed."""
@@ -224,7 +232,7 @@ class Deed:
     begin: Callable[[Path], object]
     do: Callable[[Path], object]
     expected: object
-    when: str = "delay_exit=60000000"
+    when: str = AFTER
     look: Callable[[Path], object] = lambda where: sorted(os.listdir(where))
 
 
@@ -257,7 +265,7 @@ DEEDS = [
     Deed("link", "linkat", _touch, lambda d: os.link(d / "f", d / "g"), ["f", "g"]),
     Deed("symlink", "symlinkat", _nothing, lambda d: (d / "new").symlink_to("f"), ["new"]),
     Deed("mkfifo", "mknodat", _nothing, lambda d: os.mkfifo(d / "new"), ["new"]),
-    Deed("create", "umask", _nothing, _exclusive, ["new"], when="delay_enter=60000000:when=2"),
+    Deed("create", "umask", _nothing, _exclusive, ["new"], when=f"{BEFORE}:when=2"),
     Deed("append", "pwritev2", lambda d: (d / "f").write_bytes(b"first "), _append, b"first once", look=_contents),
     Deed("setxattr", "setxattr", _touch, lambda d: os.setxattr(d / "f", "user.a", b"b", os.XATTR_CREATE), b"b",
          look=lambda d: os.getxattr(d / "f", "user.a")),
@@ -265,10 +273,12 @@ DEEDS = [
 
 
 @contextlib.contextmanager
-def delayed(engine: DistantEngine, call: str, when: str) -> Iterator[None]:
-    """The engine's system call `call` takes a minute, after it has had its effect."""
+def delayed(engine: DistantEngine, *injections: tuple[str, str]) -> Iterator[None]:
+    """The engine's system calls take a minute, before their effect or after it: pairs of a name and AFTER or BEFORE."""
+    words = [word for call, when in injections for word in ("-e", f"inject={call}:{when}")]
+    calls = ",".join(call for call, _ in injections)
     tracer = subprocess.Popen(
-        ["strace", "-f", "-q", "-p", str(engine.pid), "-e", f"trace={call}", "-e", f"inject={call}:{when}"],
+        ["strace", "-f", "-q", "-p", str(engine.pid), "-e", f"trace={calls}", *words],
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment(),
     )
     try:
@@ -293,7 +303,7 @@ def test_killed_after_the_effect_and_before_the_reply(tmp_path: Path, deed: Deed
         result: list[object] = []
         before = outcome(deed.look, pair.here)
         doer = threading.Thread(target=lambda: result.append(outcome(deed.do, pair.there)))
-        with delayed(pair.engine, deed.call, deed.when):
+        with delayed(pair.engine, (deed.call, deed.when)):
             doer.start()
             wait_until(lambda: outcome(deed.look, pair.here) != before, "the effect")
             os.kill(pair.engine.pid, signal.SIGKILL)
@@ -321,7 +331,7 @@ def test_killed_before_the_effect(tmp_path: Path, deed: Deed, transport: str) ->
         before = deed.look(pair.here)
         result: list[object] = []
         doer = threading.Thread(target=lambda: result.append(outcome(deed.do, pair.there)))
-        with delayed(pair.engine, deed.call, "delay_enter=60000000"):
+        with delayed(pair.engine, (deed.call, BEFORE)):
             doer.start()
             wait_until(lambda: pair.engine.figures()["requests"].get(deed.name.upper()), "the request")
             os.kill(pair.engine.pid, signal.SIGKILL)
@@ -330,6 +340,175 @@ def test_killed_before_the_effect(tmp_path: Path, deed: Deed, transport: str) ->
         doer.join(20)
         assert result == [deed.expected]
         assert deed.look(pair.here) == (before if deed.expected else ["f", "new"])
+
+
+# ---- many calls at once, each in the system call that it is about
+
+
+def _data(where: Path, name: str = "f") -> None:
+    (where / name).write_bytes(name.encode() * 10)
+
+
+def _both(where: Path) -> list[bytes]:
+    return [(where / name).read_bytes() for name in ("f", "g")]
+
+
+def _two(where: Path) -> None:
+    _data(where, "f")
+    _data(where, "g")
+
+
+def _copy(where: Path) -> None:
+    """A part, from one file to the middle of the other."""
+    with (where / "f").open("rb") as source, (where / "g").open("r+b") as target:
+        assert os.copy_file_range(source.fileno(), target.fileno(), 4, 0, 3) == 4
+
+
+def _copy_within(where: Path) -> None:
+    """To the end of the same file: were its length asked for again, there would be more to copy."""
+    with (where / "f").open("r+b") as file:
+        assert os.copy_file_range(file.fileno(), file.fileno(), 100, 4, 10) == 6
+
+
+def _allocate(where: Path) -> None:
+    with (where / "f").open("r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, 5000)
+
+
+def _lock(where: Path, lock: Callable[[BinaryIO, int], object]) -> BinaryIO:
+    """Who asked for it in vain would hear EAGAIN. The lock ends with what is returned."""
+    file = (where / "f").open("r+b")
+    lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return file
+
+
+def _is_locked(where: Path) -> bool:
+    """By anybody: /proc/locks."""
+    status = (where / "f").stat()
+    wanted = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+    return any(wanted in line.split() for line in Path("/proc/locks").read_text().splitlines())
+
+
+def _unnamed(where: Path) -> BinaryIO:
+    return os.fdopen(os.open(where, os.O_RDWR | os.O_TMPFILE, 0o600), "r+b", buffering=0)
+
+
+#: Not FALLOC_FL_COLLAPSE_RANGE and the like, which are not the same if done twice: the kernel's FUSE refuses them.
+AT_ONCE = [
+    Deed("chmod", "fchmodat", _touch, lambda d: (d / "f").chmod(0o604), 0o100604,
+         look=lambda d: (d / "f").stat().st_mode),
+    Deed("chown", "fchownat", _touch, lambda d: os.chown(d / "f", 1001, 2001), (1001, 2001),
+         look=lambda d: ((d / "f").stat().st_uid, (d / "f").stat().st_gid)),
+    Deed("utime", "utimensat", _touch, lambda d: os.utime(d / "f", (1, 2)), 2.0,
+         look=lambda d: (d / "f").stat().st_mtime),
+    Deed("truncate", "truncate", _data, lambda d: os.truncate(d / "f", 4), b"ffff", look=_contents),
+    Deed("setxattr", "setxattr", _touch, lambda d: os.setxattr(d / "f", "user.a", b"b", os.XATTR_CREATE), b"b",
+         look=lambda d: os.getxattr(d / "f", "user.a")),
+    Deed("removexattr", "removexattr", lambda d: (_touch(d), os.setxattr(d / "f", "user.a", b"b")),
+         lambda d: os.removexattr(d / "f", "user.a"), [], look=lambda d: os.listxattr(d / "f")),
+    Deed("exchange", "renameat2", _two, lambda d: renameat2(f"{d}/f", f"{d}/g", RENAME_EXCHANGE),
+         [b"g" * 10, b"f" * 10], look=_both),
+    Deed("noreplace", "renameat2", _touch, lambda d: renameat2(f"{d}/f", f"{d}/g", RENAME_NOREPLACE), ["g"]),
+    Deed("copy", "copy_file_range", _two, _copy, [b"f" * 10, b"gggffffggg"], look=_both),
+    Deed("copy-within", "copy_file_range", _data, _copy_within, b"f" * 16, look=_contents),
+    Deed("fallocate", "fallocate", _data, _allocate, 5000, look=lambda d: (d / "f").stat().st_size),
+    Deed("lockf", "fcntl", _touch, lambda d: _lock(d, fcntl.lockf), True, look=_is_locked),
+    Deed("flock", "flock", _touch, lambda d: _lock(d, fcntl.flock), True, look=_is_locked),
+]  # fmt: skip
+
+
+@dataclass
+class UnderWay:
+    """Deeds that are done at the same time, each in a directory of its own. Half of them are on another file system:
+    of one, eight requests wait at most."""
+
+    pair: Pair
+
+    def __post_init__(self) -> None:
+        # Whose file is seen by nobody but in the engine.
+        unnamed = Deed("unnamed", "umask", _nothing, _unnamed, True, when=f"{BEFORE}:when=2", look=self._is_held)
+        self.deeds = [*AT_ONCE, unnamed]
+        self.places = {deed.name: f"{'ab'[number % 2]}/{deed.name}" for number, deed in enumerate(self.deeds)}
+        self.results: dict[str, object] = {}
+        self._doers = [threading.Thread(target=self._do, args=(deed,)) for deed in self.deeds]
+
+    def _is_held(self, where: Path) -> bool:
+        return any(path.startswith(f"{where}/#") for path in descriptors(self.pair.engine.pid).values())
+
+    def _do(self, deed: Deed) -> None:
+        self.results[deed.name] = outcome(deed.do, self.pair.there / self.places[deed.name])
+
+    def prepare(self) -> None:
+        for deed in self.deeds:
+            where = self.pair.here / self.places[deed.name]
+            where.mkdir()
+            deed.begin(where)
+        self.before = self.look()
+
+    def look(self) -> dict[str, object]:
+        return {deed.name: outcome(deed.look, self.pair.here / self.places[deed.name]) for deed in self.deeds}
+
+    @property
+    def expected(self) -> dict[str, object]:
+        return {deed.name: deed.expected for deed in self.deeds}
+
+    def begin(self) -> None:
+        for doer in self._doers:
+            doer.start()
+
+    def have_come(self) -> bool:
+        """Whether the engine has begun to execute all of them."""
+        asked = self.pair.engine.figures()["requests"]
+        wanted = {"SETATTR": 4, "SETXATTR": 1, "REMOVEXATTR": 1, "RENAME": 2, "COPY_FILE_RANGE": 2, "FALLOCATE": 1,
+                  "SETLK": 2, "TMPFILE": 1}  # fmt: skip
+        return all(asked.get(name, 0) >= count for name, count in wanted.items())
+
+    def end(self) -> None:
+        for doer in self._doers:
+            doer.join(20)
+
+    def let_go(self) -> None:
+        """Use what was opened, and close it. A file that has no name can be given one."""
+        unnamed = self.results["unnamed"]
+        assert isinstance(unnamed, FileIO)
+        unnamed.write(b"text")
+        linkat_fd(unnamed.fileno(), str(self.pair.there / self.places["unnamed"] / "named"))
+        assert (self.pair.here / self.places["unnamed"] / "named").read_bytes() == b"text"
+        for result in self.results.values():
+            if isinstance(result, IOBase):
+                result.close()
+
+
+@pytest.mark.parametrize("when", [AFTER, BEFORE], ids=["after", "before"])
+@pytest.mark.parametrize("transport", ALL_TRANSPORTS)
+def test_killed_in_many_calls_at_once(tmp_path: Path, transport: str, when: str) -> None:
+    """After the effect of each and before its reply, or before its effect: all take effect once, and succeed."""
+    options = f"cache=none,threads=24,run_dir={tmp_path}/run"
+    with mounted(tmp_path, transport, options, workers=24) as pair, tmpfs(pair.here / "b"):
+        (pair.here / "a").mkdir()
+        calls = UnderWay(pair)
+        calls.prepare()
+        for place in calls.places.values():
+            os.listdir(pair.there / place)
+        injections = {(deed.call, deed.when if when == AFTER else when) for deed in calls.deeds}
+        with delayed(pair.engine, *injections):
+            calls.begin()
+            if when == AFTER:
+                wait_until(lambda: calls.look() == calls.expected, "the effects")
+            else:
+                wait_until(calls.have_come, "the requests")
+            os.kill(pair.engine.pid, signal.SIGKILL)
+        assert not calls.results
+        if when == BEFORE:
+            assert calls.look() | {"unnamed": False} == calls.before
+        pair.replace_engine()
+        calls.end()
+        assert {name: result for name, result in calls.results.items() if isinstance(result, str)} == {}
+        assert calls.results.keys() == calls.expected.keys()
+        assert calls.look() == calls.expected
+        assert pair.engine.figures()["continued"] == len(calls.deeds)
+        calls.let_go()
+        Ends(pair.mount, tmp_path / "run").check_nothing_is_open()
 
 
 # ---- limits

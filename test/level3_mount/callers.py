@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import json
 import mmap
 import os
 import resource
@@ -186,10 +187,35 @@ def append_lines(path: str) -> None:
     say(number)
 
 
+def numbered(directory: str) -> None:
+    """Numbered directories, and lines of a log of the same numbers, until told to stop, whatever comes of each.
+
+    Says when both failed for the first time, when both are done for the first time after that, and in the end what
+    came of all.
+    """
+    fd = os.open(f"{directory}/log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    ready()
+    stopped = threading.Event()
+    threading.Thread(target=lambda: (sys.stdin.readline(), stopped.set()), daemon=True).start()
+    said: dict[str, list[str]] = {"mkdir": [], "write": []}
+    awaited = ["EIO", "done"]
+    while not stopped.is_set():
+        number = len(said["mkdir"])
+        said["mkdir"].append(outcome(_libc.mkdir(os.fsencode(f"{directory}/{number}"), 0o755)))
+        said["write"].append(outcome(_libc.write(fd, b"%08d\n" % number, 9)))
+        if awaited and said["mkdir"][-1] == said["write"][-1] == awaited[0]:
+            say(awaited.pop(0))
+        time.sleep(0.002)
+    os.close(fd)
+    say(json.dumps(said))
+
+
 JOBS = {
     job.__name__: job
-    for job in (mkdir, execute, write, stat, hold, open_many, locks, write_many, churn, change_mapping, append_lines)
-}
+    for job in (
+        mkdir, execute, write, stat, hold, open_many, locks, write_many, churn, change_mapping, append_lines, numbered,
+    )
+}  # fmt: skip
 
 if __name__ == "__main__":
     JOBS[sys.argv[1]](*sys.argv[2:])

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from harness.engine_process import ALL_TRANSPORTS, TRANSPORTS
+from harness.waiting import wait_until
+from soak.event_sweep import sweep_events
 from soak.killing import BOTH, CLIENT, ENGINE, STOPS
 from soak.stage import GRACE_S, SHORT_GRACE_S, Stage
 from soak.sweep import sweep
@@ -20,17 +23,21 @@ pytestmark = pytest.mark.root
 #: Seeds of faults for each transport, and calls of each of three actors in one.
 FAULTS, CALLS = 80, 20
 DEATHS = {ENGINE: 4, CLIENT: 4, BOTH: 2, STOPS: 5}
+#: One byte of so many is drawn where not all are cut.
+SOME = 5
 
 
 @pytest.fixture
 def stage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Stage]:
-    transport, grace_s = request.param
-    with Stage(tmp_path, transport, grace_s=grace_s).set_up() as made:
+    transport, options = request.param
+    with Stage(tmp_path, transport, **options).set_up() as made:
         yield made
 
 
-def on(*transports: str, grace_s: int = GRACE_S) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("stage", [(t, grace_s) for t in transports], indirect=True, ids=transports)
+def on(*transports: str, grace_s: int = GRACE_S, **options: Any) -> pytest.MarkDecorator:
+    """Stages over these transports, with further options."""
+    options["grace_s"] = grace_s
+    return pytest.mark.parametrize("stage", [(t, options) for t in transports], indirect=True, ids=transports)
 
 
 @on(*TRANSPORTS)
@@ -54,6 +61,30 @@ def _play_faults(stage: Stage, *struck: str) -> None:
 @on("unix")
 def test_every_message_cut_at_every_byte(stage: Stage) -> None:
     assert sweep(stage) > 4000
+
+
+@on("tcp")
+def test_every_message_cut_at_some_bytes(stage: Stage) -> None:
+    """`make soak` cuts at all of them."""
+    assert sweep(stage, every=SOME) > 4000 / (SOME + 1)
+
+
+@on(*TRANSPORTS, grace_s=SHORT_GRACE_S, has_key=True)
+def test_every_message_of_a_handshake_cut_at_some_bytes(stage: Stage) -> None:
+    """Of connections that come again, and of the sessions that follow one which the engine has forgotten."""
+    assert sweep(stage, every=2 * SOME, only=("HELLO", "AUTHENTICATE", "ATTACH", "MOUNT")) > 50
+    wait_until(lambda: len(stage.engine.figures()["sessions"]) == 1, "those that were left to end")
+
+
+@on("unix", cache="always")
+def test_every_message_of_the_event_channel_cut_at_every_byte(stage: Stage) -> None:
+    """The names that the client knows are good for ever, unless it hears that they are not."""
+    assert sweep_events(stage) > 500
+
+
+@on("tcp", cache="always")
+def test_every_message_of_the_event_channel_cut_at_some_bytes(stage: Stage) -> None:
+    assert sweep_events(stage, every=SOME) > 100
 
 
 def _play_deaths(stage: Stage, whom: str, *struck: str) -> None:

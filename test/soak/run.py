@@ -16,13 +16,15 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 _TEST = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(_TEST), str(_TEST / "level4_programs"), str(_TEST.parent)]
+sys.path[:0] = [str(_TEST), *(str(_TEST / level) for level in ("level3_mount", "level4_programs")), str(_TEST.parent)]
 
 from harness.engine_process import ALL_TRANSPORTS  # noqa: E402
 from harness.leaks import end_processes, our_processes, unmount_below  # noqa: E402
 from repositories import make_repository  # noqa: E402
+from soak.event_sweep import sweep_events  # noqa: E402
 from soak.killing import BOTH, CLIENT, ENGINE, STOPS  # noqa: E402
 from soak.plays import CASES, play  # noqa: E402
 from soak.stage import GRACE_S, SHORT_GRACE_S, Stage  # noqa: E402
@@ -60,9 +62,10 @@ class Soak:
         self._stages += 1
         area = self.area / f"stage-{self._stages}"
         area.mkdir()
-        grace_s = SHORT_GRACE_S if kind.endswith((CLIENT, BOTH)) else GRACE_S
+        grace_s = SHORT_GRACE_S if kind.endswith((CLIENT, BOTH)) or kind == "sweep" else GRACE_S
+        more: dict[str, Any] = {"sweep": {"has_key": True}, "events": {"cache": "always"}}.get(kind, {})
         try:
-            with self._stage(area, transport, grace_s) as stage:
+            with self._stage(area, transport, grace_s, more) as stage:
                 for seed in seeds:
                     _kinds(self)[kind](stage, seed)
                     self.seeds[f"{transport} {kind}"] += 1
@@ -77,8 +80,8 @@ class Soak:
             shutil.rmtree(area)
 
     @contextlib.contextmanager
-    def _stage(self, area: Path, transport: str, grace_s: int) -> Iterator[Stage]:
-        stage = Stage(area, transport, actors=_ACTORS, grace_s=grace_s)
+    def _stage(self, area: Path, transport: str, grace_s: int, more: dict[str, Any]) -> Iterator[Stage]:
+        stage = Stage(area, transport, actors=_ACTORS, grace_s=grace_s, **more)
         try:
             with stage.set_up():
                 yield stage
@@ -116,18 +119,22 @@ def _kinds(soak: Soak) -> dict[str, Callable[[Stage, int], object]]:
     def every_byte(stage: Stage, seed: int) -> None:
         soak.operations["swept"] += sweep(stage)
 
+    def every_event(stage: Stage, seed: int) -> None:
+        soak.operations["swept"] += sweep_events(stage)
+
     return {
         "faults": lambda stage, seed: stage.play_faults(seed, _CALLS),
         **{whom: deaths(whom) for whom in (ENGINE, CLIENT, BOTH, STOPS)},
         f"{ENGINE}+faults": deaths(ENGINE, and_faults=True),
         **{f"{name}-{whom}": program(name, whom) for name, whom in CASES},
         "sweep": every_byte,
+        "events": every_event,
     }
 
 
 def _is_possible(transport: str, kind: str) -> bool:
     """Over shared memory nobody sees messages pass."""
-    return transport != "shm" or not kind.endswith(("+faults", "sweep"))
+    return transport != "shm" or not kind.endswith(("+faults", "sweep", "events"))
 
 
 def main() -> int:

@@ -97,10 +97,16 @@ class Fate:
 class Stage:
     """`faults` counts what was done to the mount, by kind."""
 
-    def __init__(self, area: Path, transport: str, *, actors: int = 3, grace_s: int = GRACE_S, cache: str = "auto"):
+    def __init__(
+        self, area: Path, transport: str, *, actors: int = 3, grace_s: int = GRACE_S, cache: str = "auto",
+        has_key: bool = False,
+    ) -> None:  # fmt: skip
+        """`has_key`: over TCP, each side proves to the other that it knows a key."""
         self.transport = transport
         self.area = area
-        self._arguments = ("--grace", str(grace_s))
+        self.grace_s = grace_s
+        self.has_key = has_key = has_key and transport == "tcp"
+        self._arguments = ("--grace", str(grace_s), *(("--key-file", str(area / "key")) if has_key else ()))
         self.engine = EngineProcess(area / "engine", transport, workers=8, arguments=self._arguments)
         if transport == "shm":
             self.engine.arguments = (*self._arguments, "--bar-layout", _LAYOUTS[0])
@@ -111,6 +117,10 @@ class Stage:
         self._last_seen = 0
         self.company = Company(area / "mnt", self.engine.share, actors)
         self._options = f"driver=fuse3,cache={cache},run_dir={area / 'run'}"
+        if has_key:
+            (area / "key").write_text("a key of this stage alone\n")
+            (area / "key").chmod(0o600)
+            self._options += f",key_file={area / 'key'}"
 
     @contextlib.contextmanager
     def set_up(self) -> Iterator[Stage]:

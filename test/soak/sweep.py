@@ -1,14 +1,20 @@
-"""Every message that a mount sends or gets is cut at every byte, once each; every call succeeds, and happens once."""
+"""Every message that a mount sends or gets is cut at every byte, once each; every call succeeds, and happens once.
+
+Those of the event channel are in event_sweep.py.
+"""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import random
 import shutil
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from harness.fault_proxy import Cut, Fault, FaultProxy, Message, no_fault, once
+from harness.fault_proxy import Action, Cut, Fault, FaultProxy, Garble, Message, no_fault, once
 from harness.waiting import wait_until
 from soak.stage import Stage, named
 
@@ -38,8 +44,13 @@ _CALLS: dict[str, tuple[Callable[[Path], object] | None, Callable[[Path], object
     "SETLK": (None, lambda path: _with_file(path, lambda fd: fcntl.flock(fd, fcntl.LOCK_EX))),
     "FALLOCATE": (None, lambda path: _with_file(path, lambda fd: os.posix_fallocate(fd, 0, 4096))),
     "HELLO": (Path.touch, os.stat),
+    "AUTHENTICATE": (Path.touch, os.stat),
     "ATTACH": (Path.touch, os.stat),
+    "MOUNT": (Path.touch, os.stat),
 }
+#: Those of a connection's beginning. MOUNT comes if the engine has forgotten the session.
+_HANDSHAKE = ("HELLO", "AUTHENTICATE", "ATTACH", "MOUNT")
+_ERROR_AT = 8  # in a header
 
 
 def _with_file(path: Path, call: Callable[[int], object]) -> None:
@@ -55,42 +66,71 @@ def _with_xattr(path: Path) -> None:
     os.setxattr(path, "user.x", b"value")
 
 
-def sweep(stage: Stage) -> int:
-    """How many cuts there were."""
+def operations_of(stage: Stage) -> list[str]:
+    """Whose messages there are: AUTHENTICATE with a key only, and a session that is left behind has to end soon."""
+    left_out = {"AUTHENTICATE": not stage.has_key, "MOUNT": stage.grace_s > 1}
+    return [operation for operation in _CALLS if not left_out.get(operation)]
+
+
+def sweep(stage: Stage, every: int = 1, seed: int = 0, only: tuple[str, ...] = ()) -> int:
+    """How many cuts there were. `every`: one byte of so many is drawn, by seed."""
     proxy = stage.proxy
     assert proxy is not None, "no connection can be cut over shared memory"
     cuts = 0
     try:
-        for operation in _CALLS:
+        for operation in (name for name in operations_of(stage) if not only or name in only):
             for where in ("request", "reply"):
-                with named(stage.transport, f"sweep: {where} {operation}", 0):
-                    cuts += _sweep_one(stage, proxy, where, operation)
+                with named(stage.transport, f"sweep: {where} {operation}", seed):
+                    offsets = Offsets(every, f"{seed} {where} {operation}")
+                    cuts += _sweep_one(stage, proxy, where, operation, offsets)
     finally:
         proxy.fault = no_fault
     stage.faults["cut"] += cuts
     return cuts
 
 
-def _sweep_one(stage: Stage, proxy: FaultProxy, where: str, operation: str) -> int:
+class Offsets:
+    """Where a message is cut: in front of it, at all its bytes or some, and behind it.
+
+    `lengths` has that of each message that was cut, to be added by whoever does it.
+    """
+
+    def __init__(self, every: int, seed: str) -> None:
+        self.lengths: list[int] = []
+        self._every = every
+        self._draw = random.Random(seed)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        """Pairs of a number, from 0, and an offset."""
+        at = number = 0
+        while True:
+            yield number, at
+            number += 1
+            # RELEASE comes when close(2) has returned.
+            wait_until(lambda expected=number: len(self.lengths) >= expected, f"the cut at {at}")  # type: ignore[misc]
+            if at >= self.lengths[-1]:
+                return
+            at = min(at + self._draw.randrange(1, 2 * self._every), self.lengths[-1])
+
+
+def _sweep_one(stage: Stage, proxy: FaultProxy, where: str, operation: str, offsets: Offsets) -> int:
     before, call = _CALLS[operation]
     place = f"{operation}-{where}"
     here, there = stage.engine.share / place, stage.mount.point / place
     here.mkdir()
-    lengths = [0]
-    at = 0
-    while at <= lengths[-1]:
+    count = 0
+    for number, at in offsets:
         if before is not None:
-            before(here / f"{at:05}")
-        proxy.fault = _cutter(where, operation, at, lengths)
-        if operation in ("HELLO", "ATTACH"):
+            before(here / f"{number:05}")
+        cutter = _cutter(where, operation, at, offsets.lengths)
+        proxy.fault = _Forgotten(cutter) if operation == "MOUNT" else cutter
+        if operation in _HANDSHAKE:
             proxy.cut_all()
-        call(there / f"{at:05}")
-        at += 1
-        # RELEASE comes when close(2) has returned.
-        wait_until(lambda expected=at + 1: len(lengths) >= expected, f"the cut at {at - 1}")  # type: ignore[misc]
-    _judge(here, operation, at)
+        call(there / f"{number:05}")
+        count = number + 1
+    _judge(here, operation, count)
     shutil.rmtree(here)
-    return at
+    return count
 
 
 def _cutter(where: str, operation: str, at: int, lengths: list[int]) -> Fault:
@@ -101,6 +141,24 @@ def _cutter(where: str, operation: str, at: int, lengths: list[int]) -> Fault:
         return Cut(at)
 
     return once(where, operation, strike)
+
+
+class _Forgotten:
+    """A fault: the client hears that its session is over, until it has got another; `others` strikes meanwhile."""
+
+    def __init__(self, others: Fault) -> None:
+        self._others = others
+        self._mounted = False
+
+    def __call__(self, message: Message) -> Action | None:
+        action = self._others(message)
+        if action is not None:
+            return action
+        if (message.where, message.operation) == ("reply", "MOUNT"):
+            self._mounted = True
+        if (message.where, message.operation) == ("reply", "ATTACH") and not self._mounted:
+            return Garble(_ERROR_AT, struct.pack("<i", errno.ESTALE))
+        return None
 
 
 def _judge(here: Path, operation: str, count: int) -> None:

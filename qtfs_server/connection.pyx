@@ -16,6 +16,7 @@ from qtfs_server cimport descriptors as descriptors_module
 
 cdef extern from "<sys/socket.h>" nogil:
     enum:
+        SHUT_RD
         SHUT_RDWR
 
 cdef uint64_t _copied = 0           # by connections that have ended, under the guard
@@ -85,6 +86,48 @@ cdef void connection_free(connection *c) noexcept nogil:
     free(c)
     atomic_add_int(&connection_count, -1)
     atomic_add_int(&descriptors_module.descriptors, -1)
+
+
+cdef void cut_all_locked(session *s, const connection *asking) noexcept nogil:
+    """Cut a session's connections, `asking`, which has yet to get its reply, for reading only."""
+    cdef connection *c
+    cdef uint32_t slot
+    for slot in range(s.slots + 1):
+        c = <connection *>(s.event if slot == s.slots else s.slot_table[slot].connection)
+        if c != NULL:
+            c.ch.ops.cut(&c.ch, SHUT_RD if c == asking else SHUT_RDWR)
+
+
+cdef uint64_t _requests_locked(const session *s) noexcept nogil:
+    cdef uint64_t count = 0
+    cdef uint32_t slot
+    for slot in range(s.slots):
+        count += s.slot_table[slot].sequence
+    return count
+
+
+cdef bint cut_if_silent(session *s, int64_t now, int64_t limit_us) noexcept nogil:
+    """Cut the connections of a session by vsock whose client has sent neither a request nor a PING for so long.
+
+    AF_VSOCK has no keepalive: that the other machine was started again learns only who sends something there. A client
+    that lives comes back, within the grace time.
+    """
+    cdef connection *c
+    cdef uint64_t count
+    cdef bint silent = False
+    pthread_mutex_lock(&s.guard)
+    c = <connection *>s.event
+    if c != NULL and c.dies_silently:
+        count = _requests_locked(s)
+        if count != s.progress:
+            s.progress = count
+            c.heard_us = now
+        silent = now - c.heard_us > limit_us
+        if silent:
+            c.heard_us = now            # said once
+            cut_all_locked(s, NULL)
+    pthread_mutex_unlock(&s.guard)
+    return silent
 
 
 cdef void cut_those_in(ring_memory *memory) noexcept nogil:

@@ -250,6 +250,7 @@ cdef void _accept(Service service, listener *from_) noexcept nogil:
     """Accept one connection; the others wake other workers."""
     cdef connection *c
     cdef int fd = accept4(from_.fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK)
+    cdef bint is_vsock
     if fd < 0:
         if errno in (EMFILE, ENFILE):
             _refuse_one(service, from_.fd)
@@ -258,11 +259,12 @@ cdef void _accept(Service service, listener *from_) noexcept nogil:
         close(fd)
         return
     with gil:
-        _tune(fd)
+        is_vsock = _tune(fd)
     c = connection_new(fd, SOURCE_CONNECTION, from_.needs_authentication, from_.memory)
     if c == NULL:
         close(fd)
     else:
+        c.dies_silently = is_vsock
         arm(service, c, EPOLLIN, EPOLL_CTL_ADD)
 
 
@@ -283,13 +285,16 @@ cdef void _refuse_one(Service service, int listening) noexcept nogil:
 
 
 cdef int _tune(int fd) except -1:
+    """1 if it is a vsock socket, which has no keepalive; 0."""
+    cdef int is_vsock
     sock = socket.socket(fileno=fd)
+    is_vsock = sock.family == socket.AF_VSOCK
     try:
         tune_socket(sock)
     except OSError as error:
         log.debug("an accepted socket could not be tuned: %s", error)
     sock.detach()
-    return 0
+    return is_vsock
 
 
 cdef inline void _turn(worker *w) noexcept nogil:

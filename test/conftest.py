@@ -18,7 +18,7 @@ from harness.leaks import (
     SESSION_VARIABLE,
     alone_with_mounts,
     end_processes,
-    left_open,
+    left_since,
     nothing_left,
     our_processes,
     resources,
@@ -36,6 +36,7 @@ APART = (
     *("level2_server/test_leaks.py", "level2_server/test_stuck_exports.py", "level2_server/test_held_mounts.py"),
     *("level3_mount/test_stuck_mounts.py", "level3_mount/test_waiting_calls.py", "level3_mount/test_outages.py"),
     *("level3_mount/test_faults.py", "level3_mount/test_propagation.py", "level3_mount/test_engine_upgrade.py"),
+    "level3_mount/test_long_stops.py",
     *("level5_commands/test_installation.py", "level6_vm/"),
 )
 
@@ -108,13 +109,13 @@ def _turn(request: pytest.FixtureRequest, _turns: tuple[BinaryIO, BinaryIO]) -> 
 
 
 @pytest.fixture(autouse=True)
-def _nothing_left_by_the_test() -> Iterator[None]:
-    """Set up before a test's other fixtures and torn down behind them: no descriptor or thread of the test is left."""
-    before = resources()
+def _nothing_left_by_the_test(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Set up before a test's other fixtures and torn down behind them: nothing of the test is left (`left_since`)."""
+    before = resources(str(tmp_path_factory.getbasetemp()))
     yield
-    if left_open(before):
+    if left_since(before):
         gc.collect()  # an exception keeps what its traceback knows
-    wait_until(lambda: not left_open(before), f"the test's descriptors and threads to end: {left_open(before)}", 10)
+    wait_until(lambda: not left_since(before), f"all of the test's to end: {left_since(before)}", 10)
 
 
 @pytest.fixture(scope="session", params=TRANSPORTS)

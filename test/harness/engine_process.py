@@ -113,6 +113,7 @@ class EngineProcess:
         try:
             self.start()
             yield self
+            self._check_nothing_is_kept()
         except BaseException:
             self.kill()
             raise
@@ -283,6 +284,20 @@ class EngineProcess:
         lines = [line for line in self.log().splitlines() if _BAD_LINE.search(line)]
         unexpected = [line for line in lines if not any(pattern.search(line) for pattern in self._allowed)]
         assert not unexpected, "the engine logged:\n" + "\n".join(unexpected) + f"\n--- all\n{self.log()}"
+
+    def _check_nothing_is_kept(self) -> None:
+        """Once nobody is connected and no session is left, nothing is open; as far as it runs, and can be asked."""
+        if self.process is None or self.process.poll() is not None:
+            return
+
+        def is_so() -> bool:
+            try:
+                figures = self.figures()
+            except OSError:
+                return True
+            return bool(figures["connections"] or figures["sessions"] or not figures["descriptors"])
+
+        wait_until(is_so, "the engine to close what belonged to sessions")
 
     def is_idle(self) -> bool:
         """Nobody is connected, and nothing is kept for anybody."""

@@ -10,6 +10,7 @@ import subprocess
 import threading
 import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -77,21 +78,75 @@ def thread_count(pid: int) -> int:
     return len(os.listdir(f"/proc/{pid}/task"))
 
 
-def resources() -> tuple[dict[int, str], set[threading.Thread]]:
-    """What this process has open, and its threads."""
-    return descriptors(), set(threading.enumerate())
+def _pids() -> set[int]:
+    return {int(name) for name in os.listdir("/proc") if name.isdigit()}
 
 
-def left_open(before: tuple[dict[int, str], set[threading.Thread]]) -> list[str]:
-    """What has come since and is still there: sockets, pipes, event descriptors, devices, directories; threads.
+def _is_ours(pid: int) -> bool:
+    """Whether a process was started by this test run, its daemons included, or is a living child of this process."""
+    with contextlib.suppress(OSError):
+        if f"{VARIABLE}={RUN}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+            return True
+        state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[:2]
+        return int(parent) == os.getpid() and state != "Z"
+    return False
 
-    Not the memory of multiprocessing, which keeps it for its next use.
+
+def _command(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    return ""
+
+
+def loop_devices_below(area: str) -> list[str]:
+    """Those whose file lies there, or lay there."""
+    found = []
+    for path in Path("/sys/block").glob("loop*/loop/backing_file"):
+        with contextlib.suppress(OSError):
+            if path.read_text().startswith(area.rstrip("/") + "/"):
+                found.append(path.parts[3])
+    return found
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What this test run has at a moment; of mounts and loop devices, what is below a directory."""
+
+    area: str
+    descriptors: frozenset[str]
+    threads: frozenset[threading.Thread]
+    pids: frozenset[int]
+    mounts: frozenset[str]
+    loops: frozenset[str]
+
+
+def resources(area: str) -> Resources:
+    return Resources(
+        area,
+        frozenset(descriptors().values()),
+        frozenset(threading.enumerate()),
+        frozenset(_pids()),
+        frozenset(mounts_below(area)),
+        frozenset(loop_devices_below(area)),
+    )
+
+
+def left_since(before: Resources) -> list[str]:
+    """What has come since and is still there.
+
+    Of descriptors sockets, pipes, event descriptors, devices, and directories; threads; processes, daemons included;
+    mounts and loop devices. Not the memory of multiprocessing, which keeps it for its next use.
     """
     kinds = ("socket:", "pipe:", "anon_inode:", "/dev/fuse", "/dev/shm", "/proc", "/sys")
-    known = set(before[0].values())
-    names = [name for name in descriptors().values() if name not in known and not name.startswith("/dev/shm/pym-")]
-    found = [f"descriptor {name}" for name in names if name.startswith(kinds)]
-    return found + [f"thread {thread.name}" for thread in set(threading.enumerate()) - before[1] if thread.is_alive()]
+    names = [name for name in descriptors().values() if name not in before.descriptors and name.startswith(kinds)]
+    threads = [thread for thread in set(threading.enumerate()) - before.threads if thread.is_alive()]
+    return [
+        *(f"descriptor {name}" for name in names if not name.startswith("/dev/shm/pym-")),
+        *(f"thread {thread.name}" for thread in threads),
+        *(f"process {pid}: {_command(pid)}" for pid in sorted(_pids() - before.pids) if _is_ours(pid)),
+        *(f"mount {path}" for path in mounts_below(before.area) if path not in before.mounts),
+        *(f"loop device {name}" for name in loop_devices_below(before.area) if name not in before.loops),
+    ]
 
 
 def alone_with_mounts() -> None:

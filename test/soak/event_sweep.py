@@ -13,10 +13,12 @@ import fcntl
 import os
 import select
 import signal
+import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from harness.fault_proxy import Cut, FaultProxy, Message, no_fault
 from harness.waiting import wait_until
@@ -68,15 +70,28 @@ class Strike:
 
 @dataclass
 class Place:
-    """A directory on both sides, what stands ready there, and a thread that waits."""
+    """A directory on both sides, and what stands ready there."""
 
     here: Path
     there: Path
-    pool: ThreadPoolExecutor
     locker: Locker
     #: Of a FIFO.
     fd_here: int
     fd_there: int
+
+
+def _begun(call: Callable[..., Any], *arguments: object) -> Future[Any]:
+    """A call in a thread that nobody waits for if it hangs: it ends with the mount."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call(*arguments))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 def _lock(place: Place, number: int, strike: Strike) -> None:
@@ -122,7 +137,7 @@ def _open(place: Place, number: int, strike: Strike) -> None:
     os.mkfifo(place.here / name)
     with contextlib.ExitStack() as stack:
         with strike.asking(2):
-            opening = place.pool.submit(os.open, place.there / name, os.O_RDONLY)
+            opening = _begun(os.open, place.there / name, os.O_RDONLY)
         writer = os.open(place.here / name, os.O_RDWR | os.O_NONBLOCK)
         stack.callback(os.close, writer)
         reader = opening.result(SOON_S)
@@ -135,7 +150,7 @@ def _open(place: Place, number: int, strike: Strike) -> None:
 def _read(place: Place, number: int, strike: Strike) -> None:
     line = b"%05d\n" % number
     with strike.asking(2):
-        reading = place.pool.submit(os.read, place.fd_there, 100)
+        reading = _begun(os.read, place.fd_there, 100)
     os.write(place.fd_here, line)
     assert reading.result(SOON_S) == line
     strike.happens()
@@ -149,7 +164,7 @@ def _write(place: Place, number: int, strike: Strike) -> None:
         while True:
             filled += os.write(place.fd_here, bytes(_PIECE))
     with strike.asking(2):
-        writing = place.pool.submit(os.write, place.fd_there, line)
+        writing = _begun(os.write, place.fd_there, line)
     got = b""
 
     def take() -> bool:
@@ -171,10 +186,10 @@ def _poll(place: Place, number: int, strike: Strike) -> None:
     poller.register(place.fd_there, select.POLLIN)
     before = strike.proxy.count("reply", "POLL")
     strike.arm()
-    polling = place.pool.submit(poller.poll, SOON_S * 1000)
+    polling = _begun(poller.poll, 4 * SOON_S * 1000)  # which asks once more when its time is over
     wait_until(lambda: strike.proxy.count("reply", "POLL") > before, "POLL")
     os.write(place.fd_here, line)
-    assert polling.result(2 * SOON_S) == [(place.fd_there, select.POLLIN)]
+    assert polling.result(SOON_S) == [(place.fd_there, select.POLLIN)]
     strike.happens()
     assert os.read(place.fd_there, 100) == line
 
@@ -216,14 +231,13 @@ def _made(stage: Stage, name: str) -> Iterator[Place]:
     (here / "f").touch()
     os.mkfifo(here / "fifo")
     with contextlib.ExitStack() as stack:
-        pool = stack.enter_context(ThreadPoolExecutor(1))
         locker = Locker(there / "f", "flock")
         stack.callback(locker.caller.end)
         fds = []
         for side, flags in ((here, os.O_NONBLOCK), (there, 0)):
             fds.append(os.open(side / "fifo", os.O_RDWR | flags))
             stack.callback(os.close, fds[-1])
-        yield Place(here, there, pool, locker, *fds)
+        yield Place(here, there, locker, *fds)
         for path in here.glob(f"{_MOUNT_POINT}*"):
             _libc.umount2(os.fsencode(path), _MNT_DETACH)
 
@@ -246,5 +260,6 @@ def sweep_events(stage: Stage, every: int = 1, seed: int = 0) -> int:
                     cuts += 1
             finally:
                 proxy.fault = no_fault
+        stage.check_nothing_is_open()
     stage.faults["cut"] += cuts
     return cuts

@@ -138,6 +138,10 @@ class Stage:
                 yield self
             wait_until(self.engine.is_idle, f"the engine to let everything go; it has {self.engine.figures()}")
 
+    def check_nothing_is_open(self) -> None:
+        """Nobody uses the mount: neither side has anything open, and both know of the same lookups."""
+        self._ends.check_nothing_is_open()
+
     def play_faults(self, seed: int, calls: int = 50) -> None:
         """One seed of what a proxy can do, or who writes into shared memory."""
         with named(self.transport, "faults", seed):

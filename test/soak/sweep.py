@@ -76,13 +76,16 @@ def sweep(stage: Stage, every: int = 1, seed: int = 0, only: tuple[str, ...] = (
     """How many cuts there were. `every`: one byte of so many is drawn, by seed."""
     proxy = stage.proxy
     assert proxy is not None, "no connection can be cut over shared memory"
+    operations = [operation for operation in operations_of(stage) if not only or operation in only]
     cuts = 0
     try:
-        for operation in (name for name in operations_of(stage) if not only or name in only):
+        for operation in operations:
             for where in ("request", "reply"):
                 with named(stage.transport, f"sweep: {where} {operation}", seed):
                     offsets = Offsets(every, f"{seed} {where} {operation}")
                     cuts += _sweep_one(stage, proxy, where, operation, offsets)
+        if "MOUNT" not in operations:  # what was counted in an earlier session is no longer
+            stage.check_nothing_is_open()
     finally:
         proxy.fault = no_fault
     stage.faults["cut"] += cuts

@@ -22,6 +22,7 @@ _USAGE = """%(prog)s [OPTIONS] WORKERS PROXY_THREADS MY_ADDR MY_PROXY_PORT PEER_
 
 _EPILOG = """addresses:
   vsock://CID:PORT   tcp://HOST:PORT   unix:///path   shm:///path   pcie://BDF/resourceN
+  ?bell=ADDRESS behind the last two: where clients of other machines ring
   MY_ADDR and PEER_ADDR: a vsock CID, or an IPv4 address (then TCP)
 
 signals: SIGHUP reads the whitelist and the special rules again; SIGTERM finishes what is being executed and exits 0."""

@@ -26,8 +26,8 @@ cdef struct connection:
     int64_t since_us
     early_write early               # of the message that is not whole yet
     int64_t partial_since_us        # when a worker first saw the message that is not whole yet; 0: none
-    bint dies_silently              # if its machine is gone, nobody tells us: AF_VSOCK
-    int64_t heard_us                # of an event channel: when the client was last seen to do something
+    bint is_vsock
+    uint32_t probes                 # of its peer's machine
     connection *next
     connection *previous
 
@@ -37,8 +37,8 @@ cdef int32_t connection_count
 
 cdef connection *connection_new(int fd, int kind, bint needs_authentication, ring_memory *memory) noexcept nogil
 cdef void connection_free(connection *c) noexcept nogil
-cdef void cut_all_locked(session *s, const connection *asking) noexcept nogil
-cdef bint cut_if_silent(session *s, int64_t now, int64_t limit_us) noexcept nogil
+cdef void cut_unattached(int64_t now) noexcept nogil
+cdef void probe_vsock_peers() noexcept nogil
 cdef void cut_those_in(ring_memory *memory) noexcept nogil
 cdef bint somebody_new() noexcept nogil
 cdef uint64_t bytes_copied() noexcept nogil

@@ -3,10 +3,10 @@
 Others than its owner may only shutdown(2) a connection, under session.guard (attached ones) or connections_guard, which
 the owner takes before it frees it.
 """
-from libc.stdint cimport int32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint64_t
 from libc.stdlib cimport calloc, free
 
-from qtfs_common.rings.channel cimport greeter_init, works_in
+from qtfs_common.rings.channel cimport greeter_init, is_greeter, works_in
 from qtfs_common.rings.memory cimport ring_memory
 from qtfs_common.transport cimport now_us, socket_channel_init
 from qtfs_server.includes.linux cimport atomic_add_int, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, \
@@ -14,11 +14,23 @@ from qtfs_server.includes.linux cimport atomic_add_int, pthread_mutex_init, pthr
 from qtfs_server.session cimport session, session_unref
 from qtfs_server cimport descriptors as descriptors_module
 
+from qtfs_common import addresses
+
 cdef extern from "<sys/socket.h>" nogil:
     enum:
-        SHUT_RD
+        AF_VSOCK
         SHUT_RDWR
+    int setsockopt(int, int, int, const void *, unsigned int)
 
+cdef extern from "<linux/vm_sockets.h>" nogil:
+    enum:
+        SO_VM_SOCKETS_BUFFER_SIZE
+
+cdef enum:
+    UNATTACHED_TIMEOUT_US = 60000000
+    UNGREETED_TIMEOUT_US = 10000000     # on a bell, which strangers may reach
+
+cdef uint64_t _vsock_buffer_bytes = addresses.SOCKET_BUFFER_BYTES
 cdef uint64_t _copied = 0           # by connections that have ended, under the guard
 pthread_mutex_init(&connections_guard, NULL)
 
@@ -88,46 +100,36 @@ cdef void connection_free(connection *c) noexcept nogil:
     atomic_add_int(&descriptors_module.descriptors, -1)
 
 
-cdef void cut_all_locked(session *s, const connection *asking) noexcept nogil:
-    """Cut a session's connections, `asking`, which has yet to get its reply, for reading only."""
+cdef void cut_unattached(int64_t now) noexcept nogil:
+    """Cut connections that have not said for long who they are."""
     cdef connection *c
-    cdef uint32_t slot
-    for slot in range(s.slots + 1):
-        c = <connection *>(s.event if slot == s.slots else s.slot_table[slot].connection)
-        if c != NULL:
-            c.ch.ops.cut(&c.ch, SHUT_RD if c == asking else SHUT_RDWR)
+    pthread_mutex_lock(&connections_guard)
+    c = connections
+    while c != NULL:
+        if c.state < STATE_SLOT and now - c.since_us > (UNGREETED_TIMEOUT_US if is_greeter(&c.ch) else
+                                                        UNATTACHED_TIMEOUT_US):
+            c.ch.ops.cut(&c.ch, SHUT_RDWR)
+        c = c.next
+    pthread_mutex_unlock(&connections_guard)
 
 
-cdef uint64_t _requests_locked(const session *s) noexcept nogil:
-    cdef uint64_t count = 0
-    cdef uint32_t slot
-    for slot in range(s.slots):
-        count += s.slot_table[slot].sequence
-    return count
+cdef void probe_vsock_peers() noexcept nogil:
+    """Say something to the machine of each client by vsock: one that was started again answers that it has no such socket.
 
-
-cdef bint cut_if_silent(session *s, int64_t now, int64_t limit_us) noexcept nogil:
-    """Cut the connections of a session by vsock whose client has sent neither a request nor a PING for so long.
-
-    AF_VSOCK has no keepalive: that the other machine was started again learns only who sends something there. A client
-    that lives comes back, within the grace time.
+    AF_VSOCK has no keepalive, but tells the peer whenever the size of our buffer is changed. It grows by a byte each time, as a
+    smaller one could be too small for what is on its way (net/vmw_vsock/virtio_transport_common.c).
     """
     cdef connection *c
-    cdef uint64_t count
-    cdef bint silent = False
-    pthread_mutex_lock(&s.guard)
-    c = <connection *>s.event
-    if c != NULL and c.dies_silently:
-        count = _requests_locked(s)
-        if count != s.progress:
-            s.progress = count
-            c.heard_us = now
-        silent = now - c.heard_us > limit_us
-        if silent:
-            c.heard_us = now            # said once
-            cut_all_locked(s, NULL)
-    pthread_mutex_unlock(&s.guard)
-    return silent
+    cdef uint64_t size
+    pthread_mutex_lock(&connections_guard)
+    c = connections
+    while c != NULL:
+        if c.is_vsock:
+            c.probes += 1
+            size = _vsock_buffer_bytes + c.probes
+            setsockopt(c.ch.fd, AF_VSOCK, SO_VM_SOCKETS_BUFFER_SIZE, &size, sizeof(size))
+        c = c.next
+    pthread_mutex_unlock(&connections_guard)
 
 
 cdef void cut_those_in(ring_memory *memory) noexcept nogil:

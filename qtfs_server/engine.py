@@ -30,7 +30,7 @@ from qtfs_server.crew import Crew
 from qtfs_server.errands import Errands
 from qtfs_server.fd_store import forget, handed_descriptors, is_used, use_store
 from qtfs_server.handover import Taken, Takeover, Upgrades, upgrade_path, upgrade_socket
-from qtfs_server.listening import address_name, listening
+from qtfs_server.listening import listening, place_name
 from qtfs_server.mount_records import MountRecords
 from qtfs_server.passing import STORED, Passed
 from qtfs_server.policy import denials, install
@@ -282,7 +282,7 @@ def _take_over(options: EngineOptions, descriptor_limit: int) -> Taken:
     with Takeover(options.listen, directory) as takeover:
         taken = takeover.receive(options.bar_layout, descriptor_limit)
         try:
-            use_directory(directory / "sessions", " ".join(map(address_name, options.listen)))
+            use_directory(directory / "sessions", " ".join(map(place_name, options.listen)))
         except OSError as error:
             raise QtfsError(f"{directory / 'sessions'}: {error.strerror}") from error
         takeover.confirm()
@@ -315,7 +315,7 @@ def run(options: EngineOptions, ready: Callable[[list[Address]], None]) -> int:
         errands.mounts.go_on(taken.mounts)
         server = Server(carrier=errands, key=key, grace_s=options.grace_s, descriptor_limit=limit)
         use_store()
-        names = [one.name for one in heard]
+        names = [one.place for one in heard]
         if options.upgrade:
             _go_on(server, errands, options, names, taken.sessions)
         else:

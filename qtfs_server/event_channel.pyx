@@ -6,7 +6,7 @@ from libc.errno cimport EPROTO, ESTALE
 from libc.stdint cimport uint64_t
 
 from qtfs_common.protocol cimport OP_CANCEL, OP_OPEN, OP_PING, OP_READ, OP_RELEASE, OP_SETLKW, OP_WRITE
-from qtfs_common.transport cimport message, now_us
+from qtfs_common.transport cimport message
 from qtfs_server.chores cimport chore_add
 from qtfs_server.connection cimport connection
 from qtfs_server.dispatch cimport execute
@@ -79,7 +79,6 @@ cdef bint _enter_event(session *s, connection *c) noexcept nogil:
         busy = s.event_busy
         if current and not busy:
             s.event_busy = True
-            c.heard_us = now_us()
         pthread_mutex_unlock(&s.guard)
         if busy and current:
             usleep(EXECUTING_POLL_US)

@@ -6,7 +6,7 @@ from qtfs_server.session cimport handle, node, session
 
 cdef uint64_t lost_handles
 
-cdef int session_room(session *s, bint with_handle) noexcept nogil
+cdef int session_room(session *s, bint with_handle, int directory, const char *name) noexcept nogil
 cdef int handle_new(session *s, node *n, int fd, uint32_t flags, uint32_t open_flags, uint64_t *id) noexcept nogil
 cdef int handle_new_stream(session *s, node *n, int fd, uint32_t flags, open_reply *out) noexcept nogil
 cdef int handle_hold(session *s, uint64_t id, handle **out) noexcept nogil

@@ -9,16 +9,17 @@ handle is in use as long, and counts for the session.
 A handle id is (generation << 34 | index << 2 | pollable << 1 | writable): stale and invented ones are refused by their
 generation.
 """
-from libc.errno cimport EINTR, EIO, EMFILE, ENFILE, ENOMEM, ESTALE, errno
+from libc.errno cimport EEXIST, EINTR, EIO, EMFILE, ENFILE, ENOMEM, ESTALE, errno
 from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 
 from qtfs_common.protocol cimport OPENED_STREAM, OPENED_UNCACHED, open_reply
+from qtfs_server.attributes cimport stat_name
 from qtfs_server.chores cimport chore_add
 from qtfs_server.descriptors cimport close_counted, descriptor_opened, proc_path, within_share
 from qtfs_server.fd_store cimport unstore_later
 from qtfs_server.includes.linux cimport AT_FDCWD, F_SETFL, O_ACCMODE, O_APPEND, O_CLOEXEC, O_NOCTTY, O_NONBLOCK, O_RDONLY, \
-    close, fcntl, openat, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, written
+    close, fcntl, openat, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_t, pthread_mutex_unlock, statx_t, written
 from qtfs_server.node_descriptors cimport node_hold, node_let_go, node_unpin
 from qtfs_server.session cimport HANDLE_ENDED, HANDLE_IN_USE, HANDLE_LOST, HANDLE_POLLABLE, HANDLE_STORED, \
     HANDLE_STREAM, HANDLE_WRITABLE, NO_INDEX, handle, handle_at, node, session, session_hold, session_unref
@@ -55,16 +56,19 @@ cdef bint _room_for_handle_locked(const session *s) noexcept nogil:
     return s.handles_used < max_handles and within_share(s.handles_used + s.lock_files)
 
 
-cdef int session_room(session *s, bint with_handle) noexcept nogil:
-    """See that a file which is about to be made can have its node, and its handle: 0 or -ENFILE.
+cdef int session_room(session *s, bint with_handle, int directory, const char *name) noexcept nogil:
+    """See that a file which is about to be made can have its node, and its handle: 0, -EEXIST or -ENFILE.
 
-    Who comes at the same time may be quicker; then the file is there, and is refused all the same.
+    `name` may be NULL. Who comes at the same time may be quicker; then the file is there, and is refused all the same.
     """
     cdef bint room
+    cdef statx_t st
     pthread_mutex_lock(&s.guard)
     room = s.nodes_used < max_nodes and (not with_handle or _room_for_handle_locked(s))
     pthread_mutex_unlock(&s.guard)
-    return 0 if room else -ENFILE
+    if room:
+        return 0
+    return -EEXIST if name != NULL and stat_name(directory, name, &st) == 0 else -ENFILE
 
 
 cdef uint32_t _new_handle_locked(session *s) noexcept nogil:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from qtfs_common import rundir
@@ -23,7 +23,14 @@ def address_name(address: Address) -> str:
     return str(address).replace(" ", "%20")
 
 
-@dataclass(frozen=True)
+def place_name(address: Address) -> str:
+    """The same without its bell: another bell makes no other engine of it."""
+    if isinstance(address, PcieAddress | ShmAddress):
+        address = dataclasses.replace(address, bell=None)
+    return address_name(address)
+
+
+@dataclasses.dataclass(frozen=True)
 class Listening:
     """One address that is listened on, by a socket or by shared memory."""
 
@@ -34,7 +41,16 @@ class Listening:
     @property
     def name(self) -> str:
         """The address, with the port that the kernel chose; without blanks."""
-        return address_name(self.heard.address if isinstance(self.heard, RingListener) else bound_address(self.heard))
+        return address_name(self._heard_at)
+
+    @property
+    def place(self) -> str:
+        """The same without its bell."""
+        return place_name(self._heard_at)
+
+    @property
+    def _heard_at(self) -> Address:
+        return self.heard.address if isinstance(self.heard, RingListener) else bound_address(self.heard)
 
     @contextlib.contextmanager
     def serving(self, server: Server, has_key: bool) -> Iterator[Address]:
@@ -42,10 +58,10 @@ class Listening:
         # Who has a key wants it used. Who may use a Unix socket, or the memory, its own mode says.
         if isinstance(self.heard, RingListener):
             with self.heard.serving(server, False):
-                yield self.heard.address
+                yield self._heard_at
         else:
             server.listen(self.heard.fileno(), has_key and not isinstance(self.address, UnixAddress))
-            yield bound_address(self.heard)
+            yield self._heard_at
 
     def descriptors(self) -> Descriptors:
         """What the next engine needs in order to go on here; -1 for what is not there just now."""
@@ -69,7 +85,7 @@ def listening(
 def _open(
     stack: contextlib.ExitStack, address: Address, layout: Layout, directory: Path, taken: Descriptors | None
 ) -> Listening:
-    name = ("engine@" + str(address).replace("/", "_") + ".lock")[-250:]
+    name = ("engine@" + place_name(address).replace("/", "_") + ".lock")[-250:]
     lock = rundir.LockFile(directory / name, taken["lock"]) if taken else rundir.lock_file(name, directory)
     stack.enter_context(lock)
     if isinstance(address, PcieAddress | ShmAddress):

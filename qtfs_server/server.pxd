@@ -1,5 +1,5 @@
 """Sessions and errands of all clients."""
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from qtfs_common.protocol cimport header
 from qtfs_common.transport cimport message
@@ -29,6 +29,7 @@ cdef class Server(Service):
     cdef dict errands               # (session id, slot): the one under way
     cdef uint64_t malformed_errands
     cdef uint64_t resumed           # sessions that had lost every connection and got one again
+    cdef int64_t probed_us          # when clients by vsock were last looked after
     cdef dict joining               # connection: the errand whose repetition came there
     cdef list _sessions_figures(self)
     cdef bytes _hello(self, connection *c, bytes body)

@@ -13,8 +13,7 @@ from qtfs_common.includes.polling cimport EFD_CLOEXEC, EPOLLIN, EPOLL_CLOEXEC, E
 from qtfs_common.protocol cimport *
 from qtfs_common.transport cimport WAIT_WRITABLE, channel, message, now_us, tell_begun
 from qtfs_server.connection cimport STATE_EVENT, STATE_GREETED, STATE_NEW, STATE_SLOT, STATE_TRUSTED, bytes_copied, \
-    connection, connection_count, cut_all_locked, cut_if_silent
-from qtfs_server.connection cimport connections as _connections, connections_guard as _connections_guard
+    connection, connection_count, cut_unattached, probe_vsock_peers
 from qtfs_server.chores cimport chores_done
 from qtfs_server.dispatch cimport abandon_in_slot, settle_in_slot
 from qtfs_server.event_channel cimport abandon_all, abandon_later, answer_wait, let_all_go, open_events
@@ -55,14 +54,13 @@ from qtfs_server.stuck import stuck_requests
 
 cdef extern from "<sys/socket.h>" nogil:
     enum:
+        SHUT_RD
         SHUT_RDWR
 
 cdef enum:
-    UNATTACHED_TIMEOUT_US = 60000000
+    PROBE_PERIOD_US = 20000000
     ERRAND_SEND_TIMEOUT_US = 5000000   # whose client does not read its answer is cut
 
-#: A client by vsock says something every five seconds at least.
-LEAST_SILENCE_S = 15.0
 log = logging.getLogger(__name__)
 
 
@@ -444,20 +442,24 @@ cdef class Server(Service):
             self.resumed += 1
         s.connections += 1
         c.s = s
-        c.heard_us = now_us()
         c.state = STATE_EVENT if slot == EVENT_SLOT else STATE_SLOT
         pthread_mutex_unlock(&s.guard)
         return 0
 
     cdef int _end_session(self, session *s, connection *asking) except -1:
         """Forget a session and cut its connections, `asking` once it has its reply; the last of them frees it."""
+        cdef connection *c
+        cdef uint32_t slot
         if self.sessions.pop(s.id, None) is None:
             return 0
         log.info("session %016x: ended", s.id)
         state_remove(s.id)
         pthread_mutex_lock(&s.guard)
         s.ended = True
-        cut_all_locked(s, asking)
+        for slot in range(s.slots + 1):
+            c = <connection *>(s.event if slot == s.slots else s.slot_table[slot].connection)
+            if c != NULL:
+                c.ch.ops.cut(&c.ch, SHUT_RD if c == asking else SHUT_RDWR)
         pthread_mutex_unlock(&s.guard)
         self.carrier.session_ended(s.id)
         with nogil:
@@ -517,9 +519,10 @@ cdef class Server(Service):
     # ---- housekeeping, figures ----
 
     def expire(self) -> None:
-        """End sessions without connections whose grace time is over, and connections that never said who they are."""
+        """Once a second: end sessions without connections whose grace time is over, and connections that never said who
+        they are; see whether those by vsock have ended unheard.
+        """
         cdef session *s
-        cdef connection *c
         cdef int64_t now = now_us()
         for id in list(self.sessions):
             if id not in self.sessions:     # it ended while another one was
@@ -529,15 +532,10 @@ cdef class Server(Service):
             if s.connections == 0 and now - s.idle_since_us > <int64_t>(self.grace_s * 1e6):
                 log.warning("session %016x: its client is gone for %g s", id, self.grace_s)
                 self._end_session(s, NULL)
-            elif cut_if_silent(s, now, <int64_t>(max(self.grace_s, LEAST_SILENCE_S) * 1e6)):
-                log.warning("session %016x: nothing was heard of its client for a long time", id)
-        pthread_mutex_lock(&_connections_guard)
-        c = _connections
-        while c != NULL:
-            if c.state < STATE_SLOT and now - c.since_us > UNATTACHED_TIMEOUT_US:
-                c.ch.ops.cut(&c.ch, SHUT_RDWR)
-            c = c.next
-        pthread_mutex_unlock(&_connections_guard)
+        cut_unattached(now)
+        if now - self.probed_us > PROBE_PERIOD_US:
+            self.probed_us = now
+            probe_vsock_peers()
 
     def figures(self) -> dict[str, object]:
         """What doc/control.md says: counters since the start, and what is held now."""

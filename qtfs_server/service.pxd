@@ -11,6 +11,9 @@ cdef enum source_kind:              # what an epoll event comes from
     SOURCE_LISTENER = 2
     SOURCE_STOP = 3
 
+cdef enum:
+    MAX_LISTENERS = 128             # 64 addresses, of two sockets each at most
+
 cdef struct listener:
     int kind
     int fd
@@ -24,7 +27,7 @@ cdef class Service:
     cdef int epoll_fd
     cdef int stop_fd
     cdef int32_t spare_fd           # given up to accept and refuse a connection when descriptors have run out
-    cdef listener listeners[64]     # those in use are of kind SOURCE_LISTENER
+    cdef listener listeners[MAX_LISTENERS]     # those in use are of kind SOURCE_LISTENER
     cdef listener stop_source
     cdef list spare                 # workers that have ended, for the next: `worker *`
     cdef dict sessions              # by id: `session *`, each with a reference

@@ -43,7 +43,7 @@ import select
 import socket
 from collections.abc import Callable
 
-from qtfs_common.addresses import tune_socket
+from qtfs_common.addresses import tune_bell, tune_socket
 
 cdef extern from "<sys/socket.h>" nogil:
     enum:
@@ -259,12 +259,12 @@ cdef void _accept(Service service, listener *from_) noexcept nogil:
         close(fd)
         return
     with gil:
-        is_vsock = _tune(fd)
+        is_vsock = _tune(fd, from_.memory != NULL)
     c = connection_new(fd, SOURCE_CONNECTION, from_.needs_authentication, from_.memory)
     if c == NULL:
         close(fd)
     else:
-        c.dies_silently = is_vsock
+        c.is_vsock = is_vsock
         arm(service, c, EPOLLIN, EPOLL_CTL_ADD)
 
 
@@ -284,15 +284,14 @@ cdef void _refuse_one(Service service, int listening) noexcept nogil:
         close(spare)                    # another worker was quicker: one is enough
 
 
-cdef int _tune(int fd) except -1:
-    """1 if it is a vsock socket, which has no keepalive; 0."""
-    cdef int is_vsock
+cdef int _tune(int fd, bint is_bell) except -1:
+    """1 if it is a vsock socket; 0."""
     sock = socket.socket(fileno=fd)
-    is_vsock = sock.family == socket.AF_VSOCK
     try:
-        tune_socket(sock)
+        tune_bell(sock) if is_bell else tune_socket(sock)
     except OSError as error:
         log.debug("an accepted socket could not be tuned: %s", error)
+    is_vsock = sock.family == socket.AF_VSOCK
     sock.detach()
     return is_vsock
 
@@ -372,11 +371,11 @@ cdef class Service:
         cdef epoll_event event
         cdef listener *added = NULL
         cdef int i
-        for i in range(64):
+        for i in range(<int>MAX_LISTENERS):
             if added == NULL and self.listeners[i].kind != SOURCE_LISTENER:
                 added = &self.listeners[i]
         if added == NULL:
-            raise ValueError("at most 64 addresses")
+            raise ValueError(f"more than {<int>MAX_LISTENERS} sockets to listen on")
         added.kind = SOURCE_LISTENER
         added.fd = fd
         added.needs_authentication = needs_authentication
@@ -390,7 +389,7 @@ cdef class Service:
         """Stop listening on a socket; who is connected stays."""
         cdef int i
         epoll_ctl(self.epoll_fd, EPOLL_CTL_DEL, fd, NULL)
-        for i in range(64):
+        for i in range(<int>MAX_LISTENERS):
             if self.listeners[i].kind == SOURCE_LISTENER and self.listeners[i].fd == fd:
                 self.listeners[i].kind = 0
 
@@ -398,7 +397,7 @@ cdef class Service:
         """Accept connections at all sockets again, or leave them waiting there for a while."""
         cdef epoll_event event
         cdef int i
-        for i in range(64):
+        for i in range(<int>MAX_LISTENERS):
             if self.listeners[i].kind == SOURCE_LISTENER:
                 event.events = EPOLLIN | EPOLLEXCLUSIVE
                 event.data.ptr = &self.listeners[i]

@@ -192,7 +192,6 @@ cdef struct session:
     bint watches_mounts             # is told when the mount table changes
     bint lets_root_go               # the root's mount is not held either
     int64_t idle_since_us           # when the last connection went
-    uint64_t progress               # the sum of its slots' numbers when last looked at
     void *event                     # connection of the event channel; changes under both guards
     bint event_busy                 # a message of it, or of the one before, is being executed
     pthread_mutex_t outbox_guard    # the event channel's output (events.pyx)

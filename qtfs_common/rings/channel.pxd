@@ -31,6 +31,7 @@ cdef struct ring_end:               # one side of one channel
     uint16_t bulk_op                # whose long messages are lent in place, instead of being copied out
 
 cdef void greeter_init(channel *ch, int fd, ring_memory *memory) noexcept nogil
+cdef bint is_greeter(const channel *ch) noexcept nogil
 cdef bint works_in(const channel *ch, const ring_memory *memory) noexcept nogil
 
 cdef class RingConnection(Connection):

@@ -383,6 +383,12 @@ cdef int _ring_init(channel *ch, ring_memory *memory, uint32_t number, uint64_t 
     return 0
 
 
+cdef void _flush(const ring_memory *memory, uint32_t number) noexcept nogil:
+    """See that what was written is there before the other side is told by another way: no read overtakes it."""
+    ring_full_barrier()
+    ring_load(&client_line(memory, number).epoch)
+
+
 cdef bint _is_fresh(const ring_memory *memory, const bell_greeting *asked) noexcept nogil:
     """Whether nothing has been said under the claim: what lies in the area otherwise is another conversation's."""
     cdef ring_line *client = client_line(memory, asked.channel)
@@ -405,6 +411,7 @@ cdef int _serve_claim(channel *ch, const bell_greeting *asked) noexcept nogil:
         return error
     ch.begin = ch.end = 0
     ring_publish(&_end(ch).ours.epoch, asked.epoch)
+    _flush(memory, asked.channel)
     send(ch.fd, b"\0", 1, MSG_DONTWAIT | MSG_NOSIGNAL)
     return 0
 
@@ -445,6 +452,11 @@ cdef void greeter_init(channel *ch, int fd, ring_memory *memory) noexcept nogil:
     ch.ring = memory
 
 
+cdef bint is_greeter(const channel *ch) noexcept nogil:
+    """Whether it has yet to name a channel."""
+    return ch.ops == &_greeter_operations
+
+
 cdef bint works_in(const channel *ch, const ring_memory *memory) noexcept nogil:
     """Whether a channel's messages, or those to come, go by that memory."""
     if ch.ops == &_greeter_operations:
@@ -470,6 +482,7 @@ cdef class RingConnection(Connection):
         e.ours.bell = bell
         e.ours.instance = memory.m.instance
         ring_publish(&e.ours.epoch, epoch)
+        _flush(&memory.m, number)
         self._begin()
 
     def __dealloc__(self):

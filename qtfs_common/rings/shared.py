@@ -41,7 +41,10 @@ _LINK_PERIOD_S = 0.05
 #: How often an engine's beat is looked at, and how long one that stands still is given.
 _BEAT_PERIOD_S = 0.05
 _BEAT_PATIENCE_S = 1.0
+#: Before the next try where a claim was turned down, doubling.
 _BUSY_DELAY_S = 0.02
+_LONGEST_DELAY_S = 0.5
+_LOOK_AGAIN_S = 0.2
 
 RingAddress = PcieAddress | ShmAddress
 
@@ -103,7 +106,7 @@ def _set_lock(fd: int, at: int, kind: int) -> None:
 
 def connect_ring(address: RingAddress, timeout_s: float) -> RingConnection:
     """Claim a channel and have the engine take it up. Raises ConnectError."""
-    deadline = time.monotonic() + timeout_s
+    deadline, delay_s = time.monotonic() + timeout_s, _BUSY_DELAY_S
     try:
         while True:
             connection = _shared(address).connect(deadline)     # the engine may be another by now
@@ -111,7 +114,8 @@ def connect_ring(address: RingAddress, timeout_s: float) -> RingConnection:
                 return connection
             if time.monotonic() > deadline:
                 raise ConnectError(f"cannot connect to {address}: timed out", errno.ETIMEDOUT)
-            time.sleep(_BUSY_DELAY_S)
+            time.sleep(delay_s)
+            delay_s = min(2 * delay_s, _LONGEST_DELAY_S)
     except OSError as error:
         raise ConnectError(f"cannot connect to {address}: {error.strerror or error}", error.errno or 0) from error
 
@@ -233,7 +237,7 @@ class _Shared:
             left_s = deadline - time.monotonic()
             if connection.hung_up or left_s <= 0:
                 return False
-            connection.listen_for_bell(left_s)
+            connection.listen_for_bell(min(left_s, _LOOK_AGAIN_S))
         return True
 
     # ---- another machine ----

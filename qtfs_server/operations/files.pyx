@@ -5,7 +5,7 @@ FIFOs and devices branch off to streams.pyx.
 Sources: open(2), openat(2), pread(2), copy_file_range(2), fallocate(2), ioctl_iflags(2), <linux/fs.h>.
 """
 from libc.errno cimport EACCES, EAGAIN, EBADF, EEXIST, EFAULT, EINVAL, EIO, EISDIR, ELOOP, EMSGSIZE, ENOENT, \
-    ENOTTY, EROFS, ESPIPE, ESRCH, ESTALE, errno
+    ENOTTY, EOPNOTSUPP, EROFS, ESPIPE, ESRCH, ESTALE, errno
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy, memset
 
@@ -34,6 +34,11 @@ from qtfs_server.session cimport HANDLE_APPEND, HANDLE_POLLABLE, HANDLE_STREAM, 
     session
 from qtfs_server.splicing cimport SPLICE_BYTES, pipe_fill
 from qtfs_server.unnamed cimport opened_unnamed
+
+cdef extern from "<linux/falloc.h>" nogil:
+    enum:
+        FALLOC_FL_COLLAPSE_RANGE
+        FALLOC_FL_INSERT_RANGE
 
 cdef extern from "<unistd.h>" nogil:
     enum:
@@ -524,12 +529,14 @@ cdef int op_fsync(request *r) noexcept nogil:
 
 
 cdef int op_fallocate(request *r) noexcept nogil:
-    """FALLOCATE: fallocate_request → nothing. Modes as the backing file system knows them."""
+    """FALLOCATE: fallocate_request → nothing. Modes as the backing file system knows them, if they can be repeated."""
     cdef fallocate_request *body = <fallocate_request *>r.body
     cdef handle *h = NULL
     cdef int error
     if r.body_bytes != sizeof(fallocate_request):
         return MALFORMED
+    if body.mode & (FALLOC_FL_COLLAPSE_RANGE | FALLOC_FL_INSERT_RANGE):
+        return -EOPNOTSUPP              # FUSE passes neither on
     error = handle_pin(r.s, body.handle, &h)
     if error < 0:
         return error

@@ -178,7 +178,7 @@ cdef int op_link(request *r) noexcept nogil:
     cdef node *target = NULL
     cdef place where
     cdef size_t name_bytes = r.body_bytes - sizeof(link_request)
-    cdef int error, result = 0
+    cdef int error
     if r.body_bytes < sizeof(link_request):
         return MALFORMED
     error = node_pin(r.s, (<link_request *>r.body).target, &target)
@@ -196,9 +196,10 @@ cdef int op_link(request *r) noexcept nogil:
         return error
     proc_path(source, target.fd)        # AT_EMPTY_PATH would demand CAP_DAC_READ_SEARCH of the caller
     note_name(r, parent.fd, name)
-    if not was_made(r, parent.fd, name, target.type, target.ino):
-        result = linkat(AT_FDCWD, source, parent.fd, name, AT_SYMLINK_FOLLOW)
-    error = _finish_made(r, result, parent, name, name_bytes)
+    if not was_made(r, parent.fd, name, target.type, target.ino) and \
+            linkat(AT_FDCWD, source, parent.fd, name, AT_SYMLINK_FOLLOW) < 0:
+        error = -errno
+    error = _finish_made(r, error, parent, name, name_bytes)
     node_unpin(r.s, target)
     return error
 

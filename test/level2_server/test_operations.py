@@ -21,6 +21,7 @@ from qtfs_common.protocol import OPERATIONS
 
 RENAME_NOREPLACE, RENAME_EXCHANGE, RENAME_WHITEOUT = 1, 2, 4
 FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE = 1, 2, 16
+FALLOC_FL_COLLAPSE_RANGE, FALLOC_FL_INSERT_RANGE = 8, 32
 FS_IOC_GETFLAGS, FS_IOC_SETFLAGS, FS_IOC_FSGETXATTR = 0x80086601, 0x40086602, 0x801C581F
 FS_NODUMP_FL = 0x40
 SET_ATIME_NOW, SET_MTIME_NOW = 1 << 7, 1 << 8
@@ -354,6 +355,16 @@ def test_fallocate_in_its_modes(session: Session, share: Path) -> None:
     with pytest.raises(OSError) as caught:
         session.fallocate(opened.handle, 0, 0)
     assert caught.value.errno == errno.EINVAL
+    session.release(opened.handle)
+
+
+@pytest.mark.parametrize("mode", [FALLOC_FL_COLLAPSE_RANGE, FALLOC_FL_INSERT_RANGE])
+def test_what_would_be_done_twice_if_repeated_is_refused(session: Session, mode: int) -> None:
+    _, opened = session.create(ROOT, b"f")
+    session.write(opened.handle, 0, bytes(16384))
+    with pytest.raises(OSError) as caught:
+        session.fallocate(opened.handle, 4096, 4096, mode)
+    assert caught.value.errno == errno.EOPNOTSUPP
     session.release(opened.handle)
 
 

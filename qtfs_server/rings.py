@@ -39,7 +39,9 @@ from qtfs_server.server import Server
 
 log = logging.getLogger(__name__)
 
+#: How often claims are looked for while there are clients of other machines, and while there are none.
 _LINK_PERIOD_S = 0.05
+_IDLE_PERIOD_S = 0.2
 _RETRY_S = 1.0
 #: An engine on another machine shows within this time that it lives.
 _FOREIGN_PATIENCE_S = 1.0
@@ -206,7 +208,11 @@ class RingListener:
 
     def _look_after(self, server: Server, needs_authentication: bool) -> None:
         while not self._stopping.is_set():
-            self._link.watch(_LINK_PERIOD_S)
+            if self._link.busy:
+                self._link.watch(_LINK_PERIOD_S)
+            else:
+                self._stopping.wait(_IDLE_PERIOD_S)
+                self._link.watch(0)
             for number, epoch in self._link.claims():
                 self._come_for(number, epoch)
             self.memory.tidy()

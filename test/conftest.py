@@ -36,7 +36,8 @@ APART = (
     *("level2_server/test_leaks.py", "level2_server/test_stuck_exports.py", "level2_server/test_held_mounts.py"),
     *("level3_mount/test_stuck_mounts.py", "level3_mount/test_waiting_calls.py", "level3_mount/test_outages.py"),
     *("level3_mount/test_faults.py", "level3_mount/test_propagation.py", "level3_mount/test_engine_upgrade.py"),
-    "level3_mount/test_long_stops.py",
+    *("level3_mount/test_long_stops.py", "level3_mount/test_two_machines.py", "level3_mount/test_engine_deaths.py"),
+    "level3_mount/test_descriptor_store.py",
     *("level5_commands/test_installation.py", "level6_vm/"),
 )
 

@@ -1,8 +1,8 @@
 """Looking after channels whose other side is on another machine, where no bell can be heard.
 
 A `Link` holds the far end of each channel's bell and rings in the other side's stead when it sees in the memory that there is
-something to wake for. It looks again after 50 µs when there was something, then less often, down to once in 4 ms when there
-has been nothing for a while. It also keeps our beat going, and hangs up where the other side's has stopped.
+something to wake for. It looks again after 50 µs when there was something, then less often the longer there is nothing: after an
+eighth of that time, and 4 ms at most, or 16 once that is long ago. Each look wakes a processor. It also keeps our beat going, and hangs up where the other side's has stopped.
 """
 from libc.errno cimport EAGAIN, EINTR, errno
 from libc.stdint cimport int64_t, uint32_t, uint64_t
@@ -25,12 +25,11 @@ cdef extern from "<sys/socket.h>" nogil:
 
 cdef enum:
     SHORTEST_US = 50
-    BUSY_US = 200                   # longest pause while there has been something to ring for of late
-    OF_LATE_US = 200000
-    LONGEST_US = 4000
+    QUIET_US = 4000                 # longest pause when there was something to ring for within
+    LONG_US = 2000000
+    LONGEST_US = 16000
     BEAT_US = 200000
     DEAD_US = 5000000               # a beat that did not come for so long has stopped
-    HOUSEKEEPING_US = 50000
 
 cdef struct linked:                 # one channel
     int fd                          # the far end of its bell; 0: none
@@ -39,6 +38,11 @@ cdef struct linked:                 # one channel
     uint64_t seen_head
     uint64_t beat                   # of the other side, when it last changed
     int64_t beat_us
+
+
+cdef int64_t _pause_us(int64_t quiet_us) noexcept:
+    """Until the next look, when there has been nothing to ring for that long."""
+    return max(<int64_t>SHORTEST_US, min(quiet_us // 8, <int64_t>QUIET_US if quiet_us < LONG_US else <int64_t>LONGEST_US))
 
 
 cdef bint _ring(linked *l) noexcept nogil:
@@ -84,7 +88,7 @@ cdef class Link:
             l.epoch = epoch
             l.accepted = False
             l.seen_head = l.beat = 0
-            l.beat_us = now_us()
+            l.beat_us = self.rung_us = now_us()
             l.fd = fd
             self.count += 1
             self.pause_us = SHORTEST_US
@@ -132,10 +136,7 @@ cdef class Link:
                     ring_publish(&control(&self.memory.m).beat, control(&self.memory.m).beat + 1)
         if rung:
             self.rung_us = now
-        self.pause_us = SHORTEST_US if rung else \
-            min(2 * self.pause_us, <int64_t>BUSY_US if now - self.rung_us < OF_LATE_US else <int64_t>LONGEST_US)
-        if self.count == 0:
-            self.pause_us = HOUSEKEEPING_US
+        self.pause_us = BEAT_US if self.count == 0 else _pause_us(now - self.rung_us)
 
     cdef bint _look_at(self, uint32_t number) noexcept nogil:
         """Ring if our side sleeps and has something to wake for; hang up if the other side has gone."""

@@ -73,6 +73,12 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         end_processes(our_processes(SESSION_VARIABLE, RUN))
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that have the machine to themselves come last: none has to wait for a guest of the other worker's."""
+    items.sort(key=lambda item: item.get_closest_marker("alone") is not None)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Names that are not UTF-8 are shown as escapes: xdist's channel takes no others."""

@@ -1,8 +1,9 @@
 """Looking after channels whose other side is on another machine, where no bell can be heard.
 
 A `Link` holds the far end of each channel's bell and rings in the other side's stead when it sees in the memory that there is
-something to wake for. It looks again after 50 µs when there was something, then less often the longer there is nothing: after an
-eighth of that time, and 4 ms at most, or 16 once that is long ago. Each look wakes a processor. It also keeps our beat going, and hangs up where the other side's has stopped.
+something to wake for. It looks again after 50 µs when there was something, then less often the longer there is nothing:
+after an eighth of that time, and 4 ms at most, or 16 once that is long ago. Each look wakes a processor. It also keeps our
+beat going, and hangs up where the other side's has stopped.
 """
 from libc.errno cimport EAGAIN, EINTR, errno
 from libc.stdint cimport int64_t, uint32_t, uint64_t

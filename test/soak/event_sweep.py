@@ -42,12 +42,17 @@ class Strike:
         self.length: int | None = None
         self._kind = where, operation
         self._at = at
+        self._asked = False
 
     def arm(self) -> None:
         self.proxy.fault = self._fault
 
     def _fault(self, message: Message) -> Cut | None:
-        if not message.pair.is_event_channel or (message.where, message.operation) != self._kind or self.length:
+        if not message.pair.is_event_channel:
+            return None
+        if (message.where, message.operation) == ("request", self._kind[1]):
+            self._asked = True
+        if (message.where, message.operation) != self._kind or self.length:
             return None
         self.length = message.length
         return Cut(self._at)
@@ -56,16 +61,14 @@ class Strike:
         wait_until(lambda: self.length, f"{self._kind} to be cut at {self._at}")
 
     @contextlib.contextmanager
-    def asking(self, count: int) -> Iterator[None]:
-        """In the body a request goes to the server, so many times, the last time over the event channel."""
-        where, operation = self._kind
-        before = self.proxy.count("request", operation)
+    def asking(self) -> Iterator[None]:
+        """The body makes a request that has to wait: it goes to the server over the event channel before we go on."""
         self.arm()
         yield
-        if where == "request":
+        if self._kind[0] == "request":
             self.happens()
         else:
-            wait_until(lambda: self.proxy.count("request", operation) >= before + count, f"{operation} to be asked")
+            wait_until(lambda: self._asked, f"{self._kind[1]} to be asked over the event channel")
 
 
 @dataclass
@@ -98,7 +101,7 @@ def _lock(place: Place, number: int, strike: Strike) -> None:
     """Somebody waits for a lock, gets it, and gives it back."""
     with (place.here / "f").open("r+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with strike.asking(1):
+        with strike.asking():
             place.locker.wait()
         fcntl.flock(file, fcntl.LOCK_UN)
         assert place.locker.says() == "done"
@@ -136,7 +139,7 @@ def _open(place: Place, number: int, strike: Strike) -> None:
     name = f"fifo-{number:05}"
     os.mkfifo(place.here / name)
     with contextlib.ExitStack() as stack:
-        with strike.asking(2):
+        with strike.asking():
             opening = _begun(os.open, place.there / name, os.O_RDONLY)
         writer = os.open(place.here / name, os.O_RDWR | os.O_NONBLOCK)
         stack.callback(os.close, writer)
@@ -149,7 +152,7 @@ def _open(place: Place, number: int, strike: Strike) -> None:
 
 def _read(place: Place, number: int, strike: Strike) -> None:
     line = b"%05d\n" % number
-    with strike.asking(2):
+    with strike.asking():
         reading = _begun(os.read, place.fd_there, 100)
     os.write(place.fd_here, line)
     assert reading.result(SOON_S) == line
@@ -163,7 +166,7 @@ def _write(place: Place, number: int, strike: Strike) -> None:
     with contextlib.suppress(BlockingIOError):
         while True:
             filled += os.write(place.fd_here, bytes(_PIECE))
-    with strike.asking(2):
+    with strike.asking():
         writing = _begun(os.write, place.fd_there, line)
     got = b""
 

@@ -43,6 +43,8 @@ class Message:
     operation: str
     slot: int | None
     length: int
+    #: Of a request and its reply: the kernel's number for what somebody asked, greater for what is asked later.
+    tag: int
     pair: Pair
 
 
@@ -140,6 +142,7 @@ class FaultProxy:
     def __init__(self, path: Path, engine: EngineProcess) -> None:
         self.fault: Fault = no_fault
         self.passed: Counter[tuple[str, str]] = Counter()
+        self.latest_tag = 0
         self._engine = engine
         self._refusing = False
         self._guard = threading.Lock()
@@ -229,10 +232,13 @@ class FaultProxy:
 
     def _hand_on(self, where: str, pair: Pair, data: bytes, destination: socket.socket) -> bool:
         """False: this direction is over."""
-        operation = OPERATION_NAMES[HEADER.unpack_from(data)[1]]
+        _, number, _, _, _, _, tag = HEADER.unpack_from(data)
+        operation = OPERATION_NAMES[number]
         if where == "request":
+            with self._guard:
+                self.latest_tag = max(self.latest_tag, tag)
             pair.note_slot(operation, data)
-        action = self.fault(Message(where, operation, pair.slot, len(data), pair))
+        action = self.fault(Message(where, operation, pair.slot, len(data), tag, pair))
         if isinstance(action, Cut):
             with _stopped(action.stopped):
                 destination.sendall(data[: action.at])

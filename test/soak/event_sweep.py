@@ -42,7 +42,9 @@ class Strike:
         self.length: int | None = None
         self._kind = where, operation
         self._at = at
-        self._asked = False
+        #: What has been asked until now may still be asked again, over a channel that has just come.
+        self._since = proxy.latest_tag
+        self._asked: set[str] = set()
 
     def arm(self) -> None:
         self.proxy.fault = self._fault
@@ -50,12 +52,16 @@ class Strike:
     def _fault(self, message: Message) -> Cut | None:
         if not message.pair.is_event_channel:
             return None
-        if (message.where, message.operation) == ("request", self._kind[1]):
-            self._asked = True
+        if message.where == "request" and message.tag > self._since:
+            self._asked.add(message.operation)
         if (message.where, message.operation) != self._kind or self.length:
             return None
         self.length = message.length
         return Cut(self._at)
+
+    def await_request(self, operation: str) -> None:
+        """Wait until something that has to wait has been asked over the event channel."""
+        wait_until(lambda: operation in self._asked, f"{operation} to be asked over the event channel")
 
     def happens(self) -> None:
         wait_until(lambda: self.length, f"{self._kind} to be cut at {self._at}")
@@ -68,7 +74,7 @@ class Strike:
         if self._kind[0] == "request":
             self.happens()
         else:
-            wait_until(lambda: self._asked, f"{self._kind[1]} to be asked over the event channel")
+            self.await_request(self._kind[1])
 
 
 @dataclass
@@ -124,10 +130,9 @@ def _cancel(place: Place, number: int, strike: Strike) -> None:
     """Somebody waits for a lock, and catches a signal."""
     with (place.here / "f").open("r+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        before = strike.proxy.count("request", "SETLKW")
         strike.arm()
         place.locker.order("w", "wait", 0, 0)
-        wait_until(lambda: strike.proxy.count("request", "SETLKW") > before, "SETLKW")
+        strike.await_request("SETLKW")
         os.kill(place.locker.pid, signal.SIGALRM)
         strike.happens()
         assert place.locker.says() == "EINTR"

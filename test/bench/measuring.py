@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sqlite3
 import statistics
 import subprocess
@@ -57,9 +58,9 @@ def measure(places: dict[str, Place], operations: Sequence[Operation], rounds: i
         task = progress.add_task("measuring", total=rounds * len(operations) * len(names))
         for number in range(rounds):
             turn = number % len(names)
-            for op in operations:
+            for _, together in itertools.groupby(operations, lambda op: op.turn or op.name):
                 # Another first one in every round: nobody always follows the slowest.
-                for name in names[turn:] + names[:turn]:
+                for name, op in itertools.product(names[turn:] + names[:turn], tuple(together)):
                     progress.update(task, description=f"{op.name}, {name}", advance=1)
                     _measure_once(results, op, name, places[name], max(1, op.count // divisor))
     return results

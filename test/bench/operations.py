@@ -29,7 +29,7 @@ class Operation:
     """`unit` says what a figure is: µs or ms per operation (less is better), or something per second.
 
     `measure` gives None where the place cannot do it. `count`: how much of it makes one sample. `needs_files`: of
-    a file system that keeps what it is given.
+    a file system that keeps what it is given. What has the same `turn` is measured together before another peer's is.
     """
 
     name: str
@@ -37,6 +37,7 @@ class Operation:
     measure: Callable[[Place, int], Sample | None]
     count: int
     needs_files: bool = True
+    turn: str = ""
 
     @property
     def is_time(self) -> bool:
@@ -56,7 +57,7 @@ def parallel(what: str, processes: int) -> str:
     return f"{what}, {processes} process{'es' if processes > 1 else ''}"
 
 
-#: What one to sixteen processes do, and how often all of them together.
+#: What one to sixteen processes do, and how often all of them together; a turn, as they are compared with one another.
 SHARED = {
     "open + close": (throughput.open_close, 4800),
     "create + write + unlink": (throughput.create_write_unlink, 1280),
@@ -87,7 +88,7 @@ OPERATIONS = (
     Operation(SEQUENTIAL_READ, "MB/s", throughput.sequential_read, calls.DATA_BYTES // MIB, needs_files=False),
     Operation(SEQUENTIAL_WRITE, "MB/s", throughput.sequential_write, calls.DATA_BYTES // MIB, needs_files=False),
     *(
-        Operation(parallel(what, n), "1/s", work(n), all_, needs_files=False)
+        Operation(parallel(what, n), "1/s", work(n), all_, needs_files=False, turn=what)
         for what, (work, all_) in SHARED.items()
         for n in CLIENTS
     ),

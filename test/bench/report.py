@@ -148,16 +148,21 @@ def _targets_table(verdicts: Sequence[Verdict]) -> Table:
     table = Table(title="targets", box=box.SIMPLE_HEAD)
     for column in ("operation", "peer", "beside"):
         table.add_column(column, no_wrap=True)
-    for column in ("figure", "its figure", "ratio", "wanted"):
+    for column in ("figure", "its figure", "ratio", "wanted", "floor"):
         table.add_column(column, justify="right")
     table.add_column("")
     for verdict in verdicts:
-        target, ratio = verdict.target, verdict.ratio
+        target = verdict.target
         wanted = f"{'≤' if target.at_most else '≥'} {target.bound:g}"
-        said = "[green]met[/]" if verdict.is_met else "[red]missed[/]"
-        figures = (number(verdict.figure), number(verdict.reference), "-" if ratio is None else f"{ratio:.3f}")
-        table.add_row(target.operation, target.peer, target.reference, *figures, wanted, said)
+        missed = "[yellow]out of reach[/]" if verdict.is_out_of_reach else "[red]missed[/]"
+        figures = (number(verdict.figure), number(verdict.reference), _ratio(verdict.ratio), wanted)
+        said = "[green]met[/]" if verdict.is_met else missed
+        table.add_row(target.operation, target.peer, target.reference, *figures, _ratio(verdict.floor_ratio), said)
     return table
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 def _summary(verdicts: Sequence[Verdict]) -> Iterator[str]:
@@ -165,6 +170,9 @@ def _summary(verdicts: Sequence[Verdict]) -> Iterator[str]:
     unknown = Counter(verdict.target.peer for verdict in verdicts if verdict.ratio is None)
     text = f"targets: {met} of {len(verdicts)} met, {len(verdicts) - met - unknown.total()} missed"
     yield f"[green]{text}[/]" if met == len(verdicts) else f"[red]{text}, {unknown.total()} not measured[/]"
+    beyond = sum(verdict.is_out_of_reach for verdict in verdicts)
+    if beyond:
+        yield f"[yellow]{beyond} of those are out of reach here: nothing and the bare directory take longer together[/]"
     if unknown:
         yield f"[red]not measured:[/] {', '.join(f'{peer} ({count})' for peer, count in unknown.items())}"
 

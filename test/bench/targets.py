@@ -51,11 +51,16 @@ class Target:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Both figures; None: not measured."""
+    """Both figures; None: not measured.
+
+    `floor`, of latencies: what the bare directory takes, and a FUSE file system that does nothing. It has the caller's
+    way into the kernel twice, a microsecond for each call, and no way to the server and back.
+    """
 
     target: Target
     figure: float | None
     reference: float | None
+    floor: float | None = None
 
     @property
     def ratio(self) -> float | None:
@@ -65,6 +70,15 @@ class Verdict:
     def is_met(self) -> bool:
         """False if it was not measured."""
         return self.ratio is not None and self.target.is_met(self.ratio)
+
+    @property
+    def floor_ratio(self) -> float | None:
+        return self.floor / self.reference if self.floor is not None and self.reference else None
+
+    @property
+    def is_out_of_reach(self) -> bool:
+        """Whether no FUSE file system could have met it on this machine, even with the server's work done here."""
+        return self.floor_ratio is not None and not self.is_met and not self.target.is_met(self.floor_ratio)
 
 
 def _uncached(transport: str) -> Iterator[Target]:
@@ -115,6 +129,16 @@ def judge(results: Results, operations: Sequence[str], peers: Sequence[str]) -> 
             target,
             results.figure(target.operation, target.peer),
             results.figure(target.other_operation, target.other_peer),
+            _floor(results, target),
         )
         for target in wanted
     ]
+
+
+def _floor(results: Results, target: Target) -> float | None:
+    """Of an operation without caches; None for others, and without the peers that tell."""
+    uncached = {p.uncached(transport) for transport in TRANSPORTS}
+    if target.peer not in uncached or target.operation not in {op.name for op in o.LATENCIES}:
+        return None
+    nothing, bare = (results.figure(target.operation, peer) for peer in (p.NOTHING, p.BARE))
+    return nothing + bare if nothing is not None and bare is not None else None

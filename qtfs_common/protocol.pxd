@@ -24,6 +24,7 @@ cdef enum:
     MAX_PATH = 4096                 # symbolic link targets and mount sources, bytes (PATH_MAX)
     MAX_XATTR = 65536               # XATTR_SIZE_MAX, XATTR_LIST_MAX
     MAX_GROUPS = 1024               # supplementary groups that a request can carry
+    MAX_RELEASES = 64               # handles that a RELEASE can end
     MAX_SLOTS = 64                  # slot channels of one session
     NONCE_BYTES = 32
     SECRET_BYTES = 32
@@ -326,7 +327,7 @@ cdef packed struct statfs_reply:    # struct fuse_kstatfs, 80 bytes
     uint32_t reserved
     uint32_t spare[6]
 
-cdef packed struct release_request: # RELEASE, RELEASEDIR, FLUSH
+cdef packed struct release_request: # RELEASE (up to MAX_RELEASES of them), RELEASEDIR, FLUSH
     uint64_t handle
     uint64_t lock_owner             # FLUSH: whose POSIX locks on the node end
     uint32_t flags

@@ -9,8 +9,8 @@ from libc.errno cimport EACCES, EAGAIN, EBADF, EEXIST, EFAULT, EINVAL, EIO, EISD
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy, memset
 
-from qtfs_common.protocol cimport KILL_PRIVILEGES, MAX_NAME, MAX_PAYLOAD, OPENED_CHANGED, OPENED_UNCACHED, RELEASE_FLOCK, \
-    WRITE_APPEND, WRITE_AT_OFFSET, copy_request, count_reply, create_reply, create_request, entry, fallocate_request, \
+from qtfs_common.protocol cimport KILL_PRIVILEGES, MAX_NAME, MAX_PAYLOAD, MAX_RELEASES, OPENED_CHANGED, OPENED_UNCACHED, \
+    RELEASE_FLOCK, WRITE_APPEND, WRITE_AT_OFFSET, copy_request, count_reply, create_reply, create_request, entry, fallocate_request, \
     fsync_request, ioctl_reply, ioctl_request, lseek_reply, lseek_request, open_reply, open_request, read_request, \
     release_request, write_request
 from qtfs_server.identity cimport act_as, act_as_root, drop_fsetid
@@ -471,20 +471,32 @@ cdef int op_write(request *r) noexcept nogil:
     return error
 
 
-cdef int op_release(request *r) noexcept nogil:
-    """RELEASE, RELEASEDIR: release_request → nothing. What locks and waits are left of it end too."""
-    cdef release_request *body = <release_request *>r.body
+cdef int _release_one(request *r, const release_request *asked) noexcept nogil:
     cdef handle *h = NULL
-    cdef int error
-    if r.body_bytes != sizeof(release_request):
-        return MALFORMED
-    error = handle_hold(r.s, body.handle, &h)
+    cdef int error = handle_hold(r.s, asked.handle, &h)
     if error < 0:
         return 0 if r.resumed else error
-    error = handle_end(r.s, body.handle)
-    end_handle_locks(r.s, h, body.handle, body.flags & RELEASE_FLOCK)
+    error = handle_end(r.s, asked.handle)
+    end_handle_locks(r.s, h, asked.handle, asked.flags & RELEASE_FLOCK)
     handle_unpin(r.s, h)
     return error
+
+
+cdef int op_release(request *r) noexcept nogil:
+    """RELEASE, RELEASEDIR: release_request, some → nothing. What locks and waits are left of it end too.
+
+    All are ended, whatever becomes of the others; the first error is the answer.
+    """
+    cdef const release_request *asked = <const release_request *>r.body
+    cdef size_t i, count = r.body_bytes // sizeof(release_request)
+    cdef int error, first = 0
+    if r.body_bytes != count * sizeof(release_request) or not 1 <= count <= MAX_RELEASES:
+        return MALFORMED
+    for i in range(count):
+        error = _release_one(r, &asked[i])
+        if first == 0:
+            first = error
+    return first
 
 
 cdef int op_flush(request *r) noexcept nogil:

@@ -11,16 +11,16 @@ from qtfs_client.drivers.fuse3.device cimport reply, reply_error
 from qtfs_client.drivers.fuse3.exchange cimport ask, ask_for_ourselves, hand_over
 from qtfs_client.drivers.fuse3.interrupts cimport interrupt
 from qtfs_client.drivers.fuse3.replies cimport is_fifo_or_device, note_undo, queue_forget, reply_handler, take_forgets
-from qtfs_client.drivers.fuse3.requests cimport build_forgets, build_special_access, build_undo_release, \
+from qtfs_client.drivers.fuse3.requests cimport build_forgets, build_releases, build_special_access, build_undo_release, \
     request_builder
 from qtfs_client.drivers.fuse3.special cimport serve_special
-from qtfs_client.drivers.fuse3.state cimport BY_HANDLE, CACHE_NONE, ENOSYS_MEANT, HANDLE_POLLABLE, MAKES_ENTRIES, \
-    MAKES_ENTRY, MAKES_HANDLE, MUST_ARRIVE, REPEATABLE, mount_state, operation_row, server, worker
+from qtfs_client.drivers.fuse3.state cimport BY_HANDLE, CACHE_NONE, ENOSYS_MEANT, HANDLE_POLLABLE, HANDLE_WRITABLE, \
+    MAKES_ENTRIES, MAKES_ENTRY, MAKES_HANDLE, MUST_ARRIVE, REPEATABLE, mount_state, operation_row, server, worker
 from qtfs_client.drivers.fuse3.waits cimport wait_for_server
 from qtfs_client.includes.fuse_abi cimport *
-from qtfs_client.includes.linux cimport O_NONBLOCK, add_int, load_int, load_u64, pthread_mutex_lock, \
+from qtfs_client.includes.linux cimport O_ACCMODE, O_NONBLOCK, O_RDONLY, add_int, load_int, load_u64, pthread_mutex_lock, \
     pthread_mutex_unlock, store_int, store_u64
-from qtfs_common.protocol cimport NODE_ALIAS, NODE_STREAM_WRITER, OP_OPEN, OP_READ, OP_SETLKW, OP_WRITE, \
+from qtfs_common.protocol cimport MAX_RELEASES, NODE_ALIAS, NODE_STREAM_WRITER, OP_OPEN, OP_READ, OP_SETLKW, OP_WRITE, \
     attributes_reply, count_reply, entry, lock_reply, lseek_reply, poll_reply, statfs_reply, statx_reply
 from qtfs_common.transport cimport message
 
@@ -167,16 +167,50 @@ cdef void _reply_absent(worker *w, const fuse_entry_validity *absent) noexcept n
 cdef void _serve_flush(worker *w) noexcept nogil:
     """FLUSH: the server need not know if there is nothing it could report and no lock that close(2) would drop."""
     cdef fuse_flush_in *asked = <fuse_flush_in *>w.argument
-    if not asked.fh & 1 and not load_int(&w.mount.posix_locks):
+    if not asked.fh & HANDLE_WRITABLE and not load_int(&w.mount.posix_locks):
         reply(w, NULL, 0)
         return
     _relay(w)
 
 
+cdef bint _may_end_later(worker *w) noexcept nogil:
+    """Whether nobody can tell that a handle ends some microseconds later: it was for reading, of what is not a FIFO or
+    device, and nothing was locked by it.
+    """
+    cdef fuse_release_in *asked = <fuse_release_in *>w.argument
+    return asked.flags & O_ACCMODE == O_RDONLY and not asked.fh & (HANDLE_WRITABLE | HANDLE_POLLABLE) and \
+        not asked.release_flags & FUSE_RELEASE_FLOCK_UNLOCK and not load_int(&w.mount.posix_locks) and \
+        not w.request.nodeid & NODE_ALIAS
+
+
+cdef bint _end_later(worker *w) noexcept nogil:
+    """Put a handle with those that are to be ended; False if there is no more room."""
+    cdef mount_state *m = w.mount
+    cdef bint has_room
+    pthread_mutex_lock(&m.guard)
+    has_room = m.closed_count < MAX_RELEASES
+    if has_room:
+        m.closed[m.closed_count] = (<fuse_release_in *>w.argument).fh
+        m.closed_count += 1
+    pthread_mutex_unlock(&m.guard)
+    return has_room
+
+
 cdef void _serve_release(worker *w) noexcept nogil:
+    """RELEASE, RELEASEDIR. The next request is often here sooner than the server's reply to this one would be."""
+    if _may_end_later(w) and _end_later(w):
+        if not w.answered:
+            reply(w, NULL, 0)
+        return
     add_int(&w.mount.releases, 1)
     _relay(w)
     add_int(&w.mount.releases, -1)
+
+
+cdef void send_releases(worker *w) noexcept nogil:
+    """Have the server end the handles that are to be ended."""
+    w.released_count = 0
+    ask_for_ourselves(w, build_releases)
 
 
 # ---- locks ---------------------------------------------------------------------------------------------------------
@@ -414,7 +448,7 @@ cdef void _fill_special_rows() noexcept:
     _rows[FUSE_WRITE].serve = _serve_write
     _rows[FUSE_POLL].serve = _serve_poll
     _rows[FUSE_FLUSH].serve = _serve_flush
-    _rows[FUSE_RELEASE].serve = _serve_release
+    _rows[FUSE_RELEASE].serve = _rows[FUSE_RELEASEDIR].serve = _serve_release
     _rows[FUSE_SETLK].serve = _serve_setlk
     _rows[FUSE_SETLKW].serve = _serve_setlkw
     _local_row(FUSE_FORGET, _serve_forget, sizeof(fuse_forget_in))

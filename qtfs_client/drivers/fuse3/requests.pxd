@@ -7,4 +7,5 @@ cdef builder request_builder(uint32_t opcode) noexcept nogil
 cdef int build_undo_release(worker *w) noexcept nogil
 cdef int build_special_access(worker *w) noexcept nogil
 cdef int build_forgets(worker *w) noexcept nogil
+cdef int build_releases(worker *w) noexcept nogil
 cdef int build_try_lock(worker *w) noexcept nogil

@@ -617,6 +617,34 @@ cdef int build_try_lock(worker *w) noexcept nogil:
     return _lock(w, OP_SETLK)
 
 
+# ---- handles that were closed --------------------------------------------------------------------------------------
+
+cdef void _take_closed(worker *w) noexcept nogil:
+    cdef mount_state *m = w.mount
+    pthread_mutex_lock(&m.guard)
+    w.released_count = m.closed_count
+    memcpy(w.released, m.closed, m.closed_count * sizeof(uint64_t))
+    m.closed_count = 0
+    pthread_mutex_unlock(&m.guard)
+
+
+cdef int build_releases(worker *w) noexcept nogil:
+    """A RELEASE of all handles that are to be ended, the same ones on a fresh channel. Otherwise as build_forgets."""
+    cdef release_request *made
+    cdef size_t i
+    if w.released_count == 0:
+        _take_closed(w)
+    if w.released_count == 0:
+        return -EINVAL
+    made = <release_request *>begin(w, OP_RELEASE, w.released_count * sizeof(release_request), False, 0)
+    if made == NULL:
+        return -EIO
+    memset(made, 0, w.released_count * sizeof(release_request))
+    for i in range(w.released_count):
+        made[i].handle = w.released[i]
+    return 0
+
+
 # ---- forgets -------------------------------------------------------------------------------------------------------
 
 cdef void _take_forgets(worker *w) noexcept nogil:

@@ -14,7 +14,7 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from qtfs_client.includes.fuse_abi cimport fuse_in_header
 from qtfs_client.includes.linux cimport pthread_mutex_t
-from qtfs_common.protocol cimport MAX_SLOTS, attributes_reply, forget_item, statfs_reply
+from qtfs_common.protocol cimport MAX_RELEASES, MAX_SLOTS, attributes_reply, forget_item, statfs_reply
 from qtfs_common.spinning cimport spinner
 from qtfs_common.transport cimport channel, message
 
@@ -30,7 +30,8 @@ cdef enum:
     FORGETS_AT_ONCE = 2048          # in one FORGET message
     MAX_CHANGES = 1024              # MOUNTS_CHANGED kept; what comes beyond them would wait for the same
     MAX_CHANGE_BYTES = 65536        # of one; a longer one is kept without its names
-    HANDLE_POLLABLE = 2             # bit of a handle: POLL has something to say
+    HANDLE_WRITABLE = 1             # bits of a handle: it is open for writing
+    HANDLE_POLLABLE = 2             # POLL has something to say
     MAX_FORGETS = 1 << 20           # kept for sending; more are dropped, and the server's LRU has to do
 
 cdef enum cache_mode:
@@ -132,6 +133,9 @@ cdef struct worker:
     int64_t suspect_us              # since when the reply has been awaited over a channel that may be dead; 0: it is not
     forget_item *forgotten          # what a FORGET under way gives back; room for FORGETS_AT_ONCE
     size_t forgotten_count
+    uint64_t released[MAX_RELEASES] # what a RELEASE under way ends that nobody waits for
+    size_t released_count
+    bint releases_due               # there was no request while we looked
     bint serving                    # counted in mount_state.serving
     bint owes                       # nobody has read the device since it took its request
     int backlog                     # how many requests in a row were there before it asked for one
@@ -231,6 +235,8 @@ cdef struct mount_state:
     forget_item *forgets
     size_t forget_count             # atomic too, as a hint
     size_t forget_room
+    uint64_t closed[MAX_RELEASES]   # handles that are to be ended soon
+    size_t closed_count             # atomic too, as a hint
     uint64_t forgotten              # lookups that were queued to be given back to the server, ever
     waiting *waits
     bint has_statfs                 # what the server last said of the root

@@ -10,13 +10,14 @@ from libc.stdint cimport int64_t
 from libc.stdlib cimport free
 from libc.string cimport memcpy
 
-from qtfs_client.drivers.fuse3.dispatch cimport send_forgets, serve
+from qtfs_client.drivers.fuse3.dispatch cimport send_forgets, send_releases, serve
 from qtfs_client.drivers.fuse3.exchange cimport drain, is_quiet, stop, wake_another_locked
 from qtfs_client.drivers.fuse3.state cimport BACKLOG, BUFFER_BYTES, FORGETS_AT_ONCE, LINK_UP, MAX_IDLE, mount_state, \
     pending_request, worker
 from qtfs_client.includes.fuse_abi cimport fuse_in_header
 from qtfs_client.includes.linux cimport load_int, pthread_mutex_lock, pthread_mutex_unlock, read, store_u64
 from qtfs_common.includes.polling cimport POLLIN, poll, pollfd
+from qtfs_common.protocol cimport MAX_RELEASES
 from qtfs_common.spinning cimport SPIN_CAP_US, spin_begin, spin_found, spin_turn
 from qtfs_common.transport cimport now_us
 
@@ -24,6 +25,7 @@ cdef enum:
     WAS_THERE_US = 5                # a read that takes less found a request waiting
     LOOK_CREDIT = 8                 # looks that may fail in a row before they are taken for useless
     LOOK_RETRY = 64                 # requests until a useless look is tried again
+    RELEASES_US = 50                # of looking, for which handles that are to be ended wait for company
 
 cdef enum turn:                     # what a worker does next
     TURN_READ                       # read the device
@@ -131,15 +133,20 @@ cdef ssize_t _look(worker *w, int64_t now) noexcept nogil:
     Who sleeps in read(2) leaves a processor idle, and the caller pays for waking it.
     """
     cdef int64_t until = now + SPIN_CAP_US
+    cdef bint whole = w.mount.closed_count == 0
+    cdef int64_t longest = w.mount.spin_us if whole else min(w.mount.spin_us, <int64_t>RELEASES_US)
     cdef int device = w.mount.triage_device
     cdef ssize_t got = -EAGAIN
-    while got == -EAGAIN and w.looker.spent_us < w.mount.spin_us and now < until:
+    while got == -EAGAIN and w.looker.spent_us < longest and now < until:
         got = _read_device(w, device)
         if got == -EAGAIN:
             now = spin_turn(&w.looker, now)
     if got != -EAGAIN:
         spin_found(&w.looker, now)
-    w.look_credit = w.look_credit - 1 if got == -EAGAIN else min(w.look_credit + 1, LOOK_CREDIT)
+    if got != -EAGAIN:
+        w.look_credit = min(w.look_credit + 1, LOOK_CREDIT)
+    elif whole:
+        w.look_credit -= 1
     return got
 
 
@@ -149,6 +156,9 @@ cdef ssize_t _next_request(worker *w) noexcept nogil:
     cdef ssize_t got = -EAGAIN
     if _looking_pays(w, asked_us):
         got = _look(w, asked_us)
+    w.releases_due = got == -EAGAIN and w.mount.closed_count > 0
+    if w.releases_due:
+        return got                      # before we may sleep
     if got == -EAGAIN:
         got = _read_device(w, w.mount.device)
     w.since_us = now_us()
@@ -179,6 +189,16 @@ cdef ssize_t _read(worker *w) noexcept nogil:
     return 0 if got in (-EINTR, -EAGAIN, -ENOENT) else got
 
 
+cdef void _see_to_releases(worker *w) noexcept nogil:
+    """Handles are ended when nothing else was asked for a moment, when there are many of them, or before we park: whoever
+    reads the device instead may sleep there.
+    """
+    cdef mount_state *m = w.mount
+    if m.closed_count > 0 and (w.releases_due or m.closed_count == MAX_RELEASES or m.idle >= MAX_IDLE):
+        send_releases(w)
+    w.releases_due = False
+
+
 cdef void _see_to_forgets(worker *w) noexcept nogil:
     """Forgets are sent when there is nothing better to do, or a message full of them."""
     cdef mount_state *m = w.mount
@@ -199,6 +219,7 @@ cdef bint _work_once(worker *w) noexcept nogil:
     """One turn; False when the mount has ended."""
     cdef ssize_t got
     cdef turn next_turn
+    _see_to_releases(w)
     _see_to_forgets(w)
     next_turn = _next_turn(w)
     if next_turn == TURN_PARK:

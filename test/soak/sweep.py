@@ -18,8 +18,8 @@ from harness.fault_proxy import Action, Cut, Fault, FaultProxy, Garble, Message,
 from harness.waiting import wait_until
 from soak.stage import Stage, named
 
-#: What each call makes before its message is cut, if anything; and the call. Both get a path of their own. The first word
-#: of a key is the message's name.
+#: What each call makes before its message is cut, if anything; and the call. Both get a path of their own. The first
+#: word of a key is the message's name.
 _CALLS: dict[str, tuple[Callable[[Path], object] | None, Callable[[Path], object]]] = {
     "LOOKUP": (Path.touch, os.stat),
     "SETATTR": (Path.touch, lambda path: os.chmod(path, 0o600)),

@@ -4,7 +4,7 @@ Most requests are relayed: translated, sent, and the reply handed on. Some need 
 """
 from libc.errno cimport EACCES, EAGAIN, EFAULT, EINPROGRESS, EINVAL, EIO, ENODATA, ENOENT, ENOSYS, ENOTTY, EOPNOTSUPP, EPIPE
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
-from libc.string cimport memcmp, memset
+from libc.string cimport memcmp, memcpy, memset
 
 from qtfs_client.drivers.fuse3.callers cimport caller_alias, caller_opens, kill_by_broken_pipe
 from qtfs_client.drivers.fuse3.device cimport reply, reply_error
@@ -207,10 +207,33 @@ cdef void _serve_release(worker *w) noexcept nogil:
     add_int(&w.mount.releases, -1)
 
 
-cdef void send_releases(worker *w) noexcept nogil:
-    """Have the server end the handles that are to be ended."""
+cdef void _take_closed(worker *w) noexcept nogil:
+    """Take what is to be ended, unless somebody else is at it."""
+    cdef mount_state *m = w.mount
     w.released_count = 0
-    ask_for_ourselves(w, build_releases)
+    pthread_mutex_lock(&m.guard)
+    if not m.ending and m.closed_count > 0:
+        w.released_count = m.closed_count
+        memcpy(w.released, m.closed, m.closed_count * sizeof(uint64_t))
+        m.closed_count = 0
+        m.ending = True
+    pthread_mutex_unlock(&m.guard)
+
+
+cdef void send_releases(worker *w) noexcept nogil:
+    """Have the server end the handles that are to be ended. One worker does, and in an outage it waits with them: if all
+    did, nobody would read the device.
+    """
+    cdef mount_state *m = w.mount
+    _take_closed(w)
+    if w.released_count == 0:
+        return
+    # Over connections that break, again and again: a server that does not know a handle any more only says so.
+    while ask_for_ourselves(w, build_releases) < 0 and w.attempts > 0 and not load_int(&m.stopping):
+        pass
+    pthread_mutex_lock(&m.guard)
+    m.ending = False
+    pthread_mutex_unlock(&m.guard)
 
 
 # ---- locks ---------------------------------------------------------------------------------------------------------

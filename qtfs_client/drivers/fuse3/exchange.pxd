@@ -4,7 +4,7 @@ from qtfs_client.drivers.fuse3.state cimport builder, line, mount_state, worker
 from qtfs_common.transport cimport message
 
 cdef int ask(worker *w, builder build, bint repeatable, message *reply) noexcept nogil
-cdef void ask_for_ourselves(worker *w, builder build) noexcept nogil
+cdef int ask_for_ourselves(worker *w, builder build) noexcept nogil
 cdef void lose(int manager_fd, line *link) noexcept nogil
 cdef void stop(mount_state *m) noexcept nogil
 cdef void drain(int fd) noexcept nogil

@@ -30,6 +30,7 @@ from qtfs_common.transport cimport WAIT_READABLE, WAIT_WOKEN, WAIT_WRITABLE, mes
 
 cdef enum:
     SLICE_US = 1000000              # longest sleep between two looks at interrupts and timeouts
+    CLOSED_SLICE_US = 1000
     QUICK_ATTEMPTS = 8              # of one request, over connections that break one after the other; then it takes its time
     MOST_ATTEMPTS = 64              # of one that nobody waits for, or that was executed and is beyond its timeout
     FIRST_PAUSE_US = 50000          # until the next attempt after those, doubled each time
@@ -336,8 +337,10 @@ cdef void _see_to_channel(worker *w, int64_t now) noexcept nogil:
 
 
 cdef int64_t _slice_us(worker *w, int64_t now) noexcept nogil:
-    """How long to sleep at most."""
+    """How long to sleep at most. Handles that are to be ended need somebody who looks at the device for them."""
     cdef int64_t left = w.interrupted_us + CAUGHT_SIGNAL_US - now if w.interrupted_us > 0 and not w.answered else 0
+    if w.owes and w.mount.closed_count > 0:
+        return CLOSED_SLICE_US
     return min(left, <int64_t>SLICE_US) if left > 0 else SLICE_US
 
 
@@ -451,10 +454,12 @@ cdef int ask(worker *w, builder build, bint repeatable, message *reply) noexcept
     return status
 
 
-cdef void ask_for_ourselves(worker *w, builder build) noexcept nogil:
-    """Send what `build` makes where no caller waits; whatever becomes of it."""
+cdef int ask_for_ourselves(worker *w, builder build) noexcept nogil:
+    """Send what `build` makes where no caller waits. 1: the server has answered; -errno: it may not have it."""
     cdef message reply
+    cdef int status
     w.own = True
     w.repeatable = True
-    _converse(w, build, &reply)
+    status = _converse(w, build, &reply)
     w.own = False
+    return status

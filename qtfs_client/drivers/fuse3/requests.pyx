@@ -619,23 +619,10 @@ cdef int build_try_lock(worker *w) noexcept nogil:
 
 # ---- handles that were closed --------------------------------------------------------------------------------------
 
-cdef void _take_closed(worker *w) noexcept nogil:
-    cdef mount_state *m = w.mount
-    pthread_mutex_lock(&m.guard)
-    w.released_count = m.closed_count
-    memcpy(w.released, m.closed, m.closed_count * sizeof(uint64_t))
-    m.closed_count = 0
-    pthread_mutex_unlock(&m.guard)
-
-
 cdef int build_releases(worker *w) noexcept nogil:
-    """A RELEASE of all handles that are to be ended, the same ones on a fresh channel. Otherwise as build_forgets."""
+    """A RELEASE of the handles that the worker has taken, the same ones on a fresh channel."""
     cdef release_request *made
     cdef size_t i
-    if w.released_count == 0:
-        _take_closed(w)
-    if w.released_count == 0:
-        return -EINVAL
     made = <release_request *>begin(w, OP_RELEASE, w.released_count * sizeof(release_request), False, 0)
     if made == NULL:
         return -EIO

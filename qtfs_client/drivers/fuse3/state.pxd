@@ -237,6 +237,7 @@ cdef struct mount_state:
     size_t forget_room
     uint64_t closed[MAX_RELEASES]   # handles that are to be ended soon
     size_t closed_count             # atomic too, as a hint
+    bint ending                     # a worker has handles that it tells the server to end; likewise
     uint64_t forgotten              # lookups that were queued to be given back to the server, ever
     waiting *waits
     bint has_statfs                 # what the server last said of the root

@@ -117,6 +117,11 @@ cdef ssize_t _read_device(worker *w, int device) noexcept nogil:
     return got if got >= 0 else -errno
 
 
+cdef bint _has_to_end_some(const mount_state *m) noexcept nogil:
+    """Whether there are handles that the server has to be told to end, and nobody is at it."""
+    return m.closed_count > 0 and not m.ending
+
+
 cdef bint _looking_pays(worker *w, int64_t now) noexcept nogil:
     """Whether to look for the next request without sleeping: it came soon lately, or it is time for a try."""
     w.look_count += 1
@@ -133,7 +138,7 @@ cdef ssize_t _look(worker *w, int64_t now) noexcept nogil:
     Who sleeps in read(2) leaves a processor idle, and the caller pays for waking it.
     """
     cdef int64_t until = now + SPIN_CAP_US
-    cdef bint whole = w.mount.closed_count == 0
+    cdef bint whole = not _has_to_end_some(w.mount)
     cdef int64_t longest = w.mount.spin_us if whole else min(w.mount.spin_us, <int64_t>RELEASES_US)
     cdef int device = w.mount.triage_device
     cdef ssize_t got = -EAGAIN
@@ -156,7 +161,7 @@ cdef ssize_t _next_request(worker *w) noexcept nogil:
     cdef ssize_t got = -EAGAIN
     if _looking_pays(w, asked_us):
         got = _look(w, asked_us)
-    w.releases_due = got == -EAGAIN and w.mount.closed_count > 0
+    w.releases_due = got == -EAGAIN and _has_to_end_some(w.mount) and is_quiet(w.mount.device)
     if w.releases_due:
         return got                      # before we may sleep
     if got == -EAGAIN:
@@ -194,7 +199,7 @@ cdef void _see_to_releases(worker *w) noexcept nogil:
     reads the device instead may sleep there.
     """
     cdef mount_state *m = w.mount
-    if m.closed_count > 0 and (w.releases_due or m.closed_count == MAX_RELEASES or m.idle >= MAX_IDLE):
+    if _has_to_end_some(m) and (w.releases_due or m.closed_count == MAX_RELEASES or m.idle >= MAX_IDLE):
         send_releases(w)
     w.releases_due = False
 

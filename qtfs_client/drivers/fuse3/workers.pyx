@@ -199,8 +199,9 @@ cdef void _see_to_releases(worker *w) noexcept nogil:
     reads the device instead may sleep there.
     """
     cdef mount_state *m = w.mount
-    if _has_to_end_some(m) and (w.releases_due or m.closed_count == MAX_RELEASES or m.idle >= MAX_IDLE):
+    while _has_to_end_some(m) and (w.releases_due or m.closed_count == MAX_RELEASES or m.idle >= MAX_IDLE):
         send_releases(w)
+        w.releases_due = False
     w.releases_due = False
 
 

@@ -327,7 +327,7 @@ cdef packed struct statfs_reply:    # struct fuse_kstatfs, 80 bytes
     uint32_t reserved
     uint32_t spare[6]
 
-cdef packed struct release_request: # RELEASE (up to MAX_RELEASES of them), RELEASEDIR, FLUSH
+cdef packed struct release_request: # RELEASE, RELEASEDIR (up to MAX_RELEASES of them), FLUSH
     uint64_t handle
     uint64_t lock_owner             # FLUSH: whose POSIX locks on the node end
     uint32_t flags

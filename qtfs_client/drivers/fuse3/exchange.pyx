@@ -30,7 +30,7 @@ from qtfs_common.transport cimport WAIT_READABLE, WAIT_WOKEN, WAIT_WRITABLE, mes
 
 cdef enum:
     SLICE_US = 1000000              # longest sleep between two looks at interrupts and timeouts
-    CLOSED_SLICE_US = 1000
+    CLOSED_SLICE_US = 1000          # the same while handles wait to be ended
     QUICK_ATTEMPTS = 8              # of one request, over connections that break one after the other; then it takes its time
     MOST_ATTEMPTS = 64              # of one that nobody waits for, or that was executed and is beyond its timeout
     FIRST_PAUSE_US = 50000          # until the next attempt after those, doubled each time

@@ -142,7 +142,8 @@ def _daemon_of(mount: QtfsMount | str, run_dir: str | None) -> _Daemon:
 
 
 def mount_figures(mount: QtfsMount | str, run_dir: str | None = None) -> dict[str, Any]:
-    """The counters of a mount's daemon, doc/control.md; the mount as for RemoteHost.of_mount. The server is not asked.
+    """The counters of a mount's daemon, doc/control.md; the mount as for RemoteHost.of_mount. The server is not asked,
+    but of a path the kernel may ask for its attributes.
 
     Raises QtfsError, OSError.
     """

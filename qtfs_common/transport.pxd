@@ -21,6 +21,13 @@ cdef struct channel_operations:
     # 0: gone; -EAGAIN: call flush when writable, with the same buffers still in place
     int (*commit)(channel *, size_t, const void *, size_t) noexcept nogil
     int (*flush)(channel *) noexcept nogil
+    # where the bytes of the next message from the given one on will lie, up to the longest message's, for the owner to
+    # have filled in what will not be read again; they stay there until it sends something. NULL: nowhere, or not now
+    uint8_t *(*place)(channel *, size_t) noexcept nogil
+    # as commit, of a message whose last bytes, so many, `place` has found a place for, and nothing was sent since
+    int (*commit_placed)(channel *, size_t, const void *, size_t, size_t) noexcept nogil
+    # whether nobody else can have written what was found in that place
+    bint (*owns_place)(channel *) noexcept nogil
     # send an encoded message, or what is left of it, without the owner's buffers: how many bytes went, or -errno. Other
     # threads may, if they see to it that one does at a time and the owner does not commit
     ssize_t (*put)(channel *, const uint8_t *, size_t) noexcept nogil

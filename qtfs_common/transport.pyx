@@ -215,6 +215,10 @@ cdef int _socket_commit(channel *ch, size_t size, const void *payload, size_t pa
     return _socket_flush(ch)
 
 
+cdef uint8_t *_socket_place(channel *ch, size_t before) noexcept nogil:
+    return NULL
+
+
 cdef int _take_from_pipe(channel *ch, size_t at, int pipe, size_t pipe_bytes) noexcept nogil:
     """Let flush send what a pipe still holds, behind `at` bytes of the outbox. 0 or -errno."""
     cdef ssize_t got
@@ -342,6 +346,7 @@ _socket_operations.receive = _socket_receive
 _socket_operations.reserve = _socket_reserve
 _socket_operations.commit = _socket_commit
 _socket_operations.flush = _socket_flush
+_socket_operations.place = _socket_place
 _socket_operations.put = _socket_put
 _socket_operations.release = _socket_release
 _socket_operations.wait = _socket_wait

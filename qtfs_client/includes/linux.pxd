@@ -41,6 +41,7 @@ cdef extern from "<sys/uio.h>" nogil:
     struct iovec:
         void *iov_base
         size_t iov_len
+    ssize_t readv(int, const iovec *, int)
     ssize_t writev(int, const iovec *, int)
 
 cdef extern from "<pthread.h>" nogil:

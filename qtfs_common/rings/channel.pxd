@@ -22,6 +22,7 @@ cdef struct ring_end:               # one side of one channel
     uint64_t tail
     uint64_t seen_head              # what the other side had read when last looked
     uint64_t direct                 # of a message being built in the area: how much is skipped before it, plus 1
+    uint64_t placed                 # the same of one whose data is there before it is built
     # what we read
     const uint8_t *area
     uint64_t area_bytes

@@ -18,7 +18,7 @@ from qtfs_common.includes.polling cimport POLLIN
 from qtfs_common.protocol cimport OP_READ, OP_WRITE, header
 from qtfs_common.rings.layout cimport BELL_LINK, BELL_MAGIC, RING_ALIGNMENT, RING_SKIP, SLEEPS_BY_LINK, SLEEPS_FOR_MESSAGES, \
     SLEEPS_FOR_ROOM, bell_greeting, ring_line
-from qtfs_common.rings.memory cimport client_line, engine_line, is_lost, reply_area, request_area, ring_full_barrier, \
+from qtfs_common.rings.memory cimport client_line, engine_line, is_laid_out, is_lost, reply_area, request_area, ring_full_barrier, \
     ring_load, ring_load_32, ring_memory, ring_publish, ring_store_32, ring_write_barrier
 from qtfs_common.transport cimport INBOX_BYTES, WAIT_READABLE, WAIT_WRITABLE, channel, \
     channel_operations, message, poll_socket, release_buffers, socket_channel_init
@@ -249,6 +249,40 @@ cdef int _ring_commit(channel *ch, size_t size, const void *payload, size_t payl
     return _ring_flush(ch)
 
 
+cdef uint8_t *_ring_place(channel *ch, size_t before) noexcept nogil:
+    """Only while the channel is ours: other machines do not see our claim, and may take it up after the engine's end."""
+    cdef ring_end *e = _end(ch)
+    cdef uint64_t skip = 0
+    e.placed = 0
+    if not e.memory.has_pages or _is_over(e) or ch.unsent_bytes[0] > 0 or not _place(e, ch.largest, &skip):
+        return NULL
+    e.placed = skip + 1
+    return e.out + (e.tail + skip) % e.out_bytes + before
+
+
+cdef int _ring_commit_placed(channel *ch, size_t size, const void *payload, size_t payload_bytes,
+                             size_t placed_bytes) noexcept nogil:
+    cdef ring_end *e = _end(ch)
+    cdef uint64_t skip = e.placed - 1
+    cdef uint8_t *at
+    _show_head(ch, e)
+    if _is_over(e):
+        return -ECONNRESET
+    at = _skip(e, skip)
+    memcpy(at, ch.outbox, size)
+    memcpy(at + size, payload, payload_bytes)
+    ch.copied += size + payload_bytes
+    _publish(ch, e, skip + _aligned(size + payload_bytes + placed_bytes))
+    return 0
+
+
+cdef bint _ring_owns_place(channel *ch) noexcept nogil:
+    """The memory has not vanished, no engine has laid it out differently, and nobody else has claimed the channel."""
+    cdef ring_end *e = _end(ch)
+    ring_full_barrier()                 # what was read there was read before
+    return not is_lost(e.memory) and is_laid_out(e.memory) and ring_load(&e.ours.epoch) == e.epoch
+
+
 cdef ssize_t _ring_put(channel *ch, const uint8_t *data, size_t size) noexcept nogil:
     """A message goes whole or not at all."""
     cdef ring_end *e = _end(ch)
@@ -338,6 +372,9 @@ _ring_operations.receive = _ring_receive
 _ring_operations.reserve = _ring_reserve
 _ring_operations.commit = _ring_commit
 _ring_operations.flush = _ring_flush
+_ring_operations.place = _ring_place
+_ring_operations.commit_placed = _ring_commit_placed
+_ring_operations.owns_place = _ring_owns_place
 _ring_operations.put = _ring_put
 _ring_operations.release = _ring_release
 _ring_operations.wait = _ring_wait

@@ -15,6 +15,7 @@ cdef extern from "qtfs_common/rings/barriers.h" nogil:
 cdef struct ring_memory:
     uint8_t *base
     size_t bytes
+    bint has_pages                  # the kernel knows them as pages, so that it can read from a device into them
     int32_t lost                    # atomic: a bus error took it away, and zeros lie where it was met
     int32_t users                   # atomic: channels that work in it
     uint32_t channels
@@ -30,6 +31,7 @@ cdef ring_line *engine_line(const ring_memory *m, uint32_t channel) noexcept nog
 cdef uint8_t *request_area(const ring_memory *m, uint32_t channel) noexcept nogil
 cdef uint8_t *reply_area(const ring_memory *m, uint32_t channel) noexcept nogil
 cdef bint is_lost(const ring_memory *m) noexcept nogil
+cdef bint is_laid_out(const ring_memory *m) noexcept nogil
 
 cdef class RingMemory:
     cdef ring_memory m

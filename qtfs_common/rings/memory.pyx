@@ -23,6 +23,15 @@ cdef extern from "<sys/mman.h>" nogil:
     void *c_mmap "mmap"(void *, size_t, int, int, int, long)
     int munmap(void *, size_t)
 
+cdef extern from "<sys/vfs.h>" nogil:
+    ctypedef struct statfs_t "struct statfs":
+        long f_type
+    int fstatfs(int, statfs_t *)
+
+cdef extern from "<linux/magic.h>" nogil:
+    enum:
+        SYSFS_MAGIC
+
 cdef extern from "qtfs_common/rings/bus_error.h" nogil:
     int bus_watch(void *, size_t, int32_t *)
     void bus_unwatch(int)
@@ -63,6 +72,13 @@ cdef bint is_lost(const ring_memory *m) noexcept nogil:
     return load_int(&m.lost, __ATOMIC_ACQUIRE) != 0
 
 
+cdef bint is_laid_out(const ring_memory *m) noexcept nogil:
+    """Whether the areas still lie where we know them."""
+    cdef ring_control *c = control(m)
+    return c.channels == m.channels and c.request_bytes == m.request_bytes and c.reply_bytes == m.reply_bytes and \
+        c.areas_at == m.areas_at
+
+
 # ---- for Python ------------------------------------------------------------------------------------------------------
 
 cdef class RingMemory:
@@ -74,11 +90,13 @@ cdef class RingMemory:
 
     def __init__(self, int fd) -> None:
         """Map the whole of a file or BAR; the descriptor stays the caller's. Raises OSError."""
+        cdef statfs_t where
         cdef size_t size = os.fstat(fd).st_size & ~(<size_t>mmap.PAGESIZE - 1)
         cdef void *base = c_mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0)
         if base == MAP_FAILED:
             raise OSError(errno, os.strerror(errno))
         self.m.base = <uint8_t *>base
+        self.m.has_pages = fstatfs(fd, &where) == 0 and where.f_type != SYSFS_MAGIC
         self.m.bytes = size
         self.region = bus_watch(base, size, &self.m.lost)
         if self.region < 0:

@@ -10,6 +10,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 
+from qtfs_client.drivers.fuse3.placing cimport bring_home
 from qtfs_client.drivers.fuse3.state cimport LINK_UP, PENDING_BYTES, PENDING_REQUESTS, mount_state, pending_request, worker
 from qtfs_client.includes.linux cimport load_i64, load_int, load_u64, pthread_mutex_lock, pthread_mutex_unlock, \
     store_u64
@@ -29,7 +30,10 @@ cdef bint put_off(worker *w) noexcept nogil:
     cdef mount_state *m = w.mount
     cdef int64_t now = now_us()
     cdef size_t size = w.request.len
-    cdef pending_request *kept = <pending_request *>malloc(sizeof(pending_request) + size)
+    cdef pending_request *kept = NULL
+    bring_home(w)
+    if not w.data_lost:
+        kept = <pending_request *>malloc(sizeof(pending_request) + size)
     if kept == NULL:
         return False
     memcpy(kept + 1, w.buffer, size)

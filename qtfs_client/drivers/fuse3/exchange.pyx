@@ -17,6 +17,7 @@ from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 from qtfs_client.drivers.fuse3.callers cimport caught_signal_pending, fatal_signal_pending, is_exiting
 from qtfs_client.drivers.fuse3.delayed cimport put_off
 from qtfs_client.drivers.fuse3.device cimport reply_error
+from qtfs_client.drivers.fuse3.placing cimport bring_home
 from qtfs_client.drivers.fuse3.replies cimport answer_from_memory_locked
 from qtfs_client.drivers.fuse3.state cimport CAUGHT_SIGNAL_US, LINK_LOST, LINK_READY, LINK_UP, MAKES_ENTRIES, \
     MAKES_ENTRY, MAKES_HANDLE, MEMORY_US, MUST_ARRIVE, PHASE_BUILD, PHASE_SEND, PHASE_SENT, builder, line, mount_state, \
@@ -106,6 +107,19 @@ cdef bint is_quiet(int device) noexcept nogil:
 
 # ---- sending and receiving -------------------------------------------------------------------------------------------
 
+cdef void _lose(worker *w) noexcept nogil:
+    """Give up the worker's broken channel, which may hold data of the request in hand."""
+    bring_home(w)
+    lose(w.mount.manager_fd, &w.link)
+
+
+cdef int _commit(worker *w) noexcept nogil:
+    if w.payload_placed == 0:
+        return w.link.ch.ops.commit(w.link.ch, w.message_bytes, w.payload, w.payload_bytes)
+    w.placed_sent = True
+    return w.link.ch.ops.commit_placed(w.link.ch, w.message_bytes, w.payload, w.payload_bytes, w.payload_placed)
+
+
 cdef int _send(worker *w, builder build) noexcept nogil:
     """Bring the message on its way, or further on its way. 0: it is out; -EAGAIN: wait; other: see ask."""
     cdef int status
@@ -116,13 +130,13 @@ cdef int _send(worker *w, builder build) noexcept nogil:
             return status
         w.phase = PHASE_SEND
         w.begun = True
-        status = w.link.ch.ops.commit(w.link.ch, w.message_bytes, w.payload, w.payload_bytes)
+        status = _commit(w)
     else:
         status = w.link.ch.ops.flush(w.link.ch)
     if status == 0:
         w.phase = PHASE_SENT
     elif status != -EAGAIN:
-        lose(w.mount.manager_fd, &w.link)
+        _lose(w)
         status = -EAGAIN
     return status
 
@@ -138,7 +152,7 @@ cdef int _receive(worker *w, message *reply) noexcept nogil:
         if load_int(&w.mount.overdue):
             store_int(&w.mount.overdue, 0)
         return 1
-    lose(w.mount.manager_fd, &w.link)
+    _lose(w)
     return 0
 
 
@@ -333,7 +347,7 @@ cdef void _see_to_channel(worker *w, int64_t now) noexcept nogil:
     if w.suspect_us == 0:
         w.suspect_us = now
     elif now - w.suspect_us >= SLICE_US:
-        lose(w.mount.manager_fd, &w.link)
+        _lose(w)
 
 
 cdef int64_t _slice_us(worker *w, int64_t now) noexcept nogil:

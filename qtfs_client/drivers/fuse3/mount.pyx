@@ -77,6 +77,7 @@ cdef struct mount_figures:          # as doc/control.md has them
     uint64_t forgotten
     uint64_t forgets_unsent
     uint64_t invalidations
+    uint64_t placed
     uint64_t pending
     uint64_t waits
     uint64_t orphans
@@ -93,6 +94,7 @@ cdef void _look(mount_state *m, mount_figures *out) noexcept nogil:
     for i in range(m.worker_count):
         out.requests += m.workers[i].requests
         out.lookups += m.workers[i].lookups
+        out.placed += m.workers[i].data_placed
     out.forgotten = m.forgotten
     out.forgets_unsent = m.forget_count
     out.pending = m.pending_count

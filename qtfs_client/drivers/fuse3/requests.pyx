@@ -9,6 +9,7 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
 from qtfs_client.drivers.fuse3.callers cimport caller_groups
+from qtfs_client.drivers.fuse3.placing cimport NEAR_DATA_BYTES, bring_home
 from qtfs_client.drivers.fuse3.state cimport FORGETS_AT_ONCE, builder, mount_state, worker
 from qtfs_client.includes.fuse_abi cimport *
 from qtfs_client.includes.linux cimport O_APPEND, O_DIRECT, O_DIRECTORY, O_NOFOLLOW, O_NONBLOCK, pthread_mutex_lock, \
@@ -48,7 +49,7 @@ cdef uint8_t *begin(worker *w, uint16_t op, size_t body_bytes, bint with_groups,
     if with_groups and request.uid != 0:
         ngroups = caller_groups(request.pid, groups, MAX_GROUPS)
     w.payload = NULL
-    w.payload_bytes = 0
+    w.payload_bytes = w.payload_placed = 0
     w.message_bytes = sizeof(header) + sizeof(caller) + groups_bytes(ngroups) + body_bytes
     w.room = w.link.ch.ops.reserve(w.link.ch, w.message_bytes, False)
     if w.room == NULL:
@@ -458,6 +459,19 @@ cdef int _build_read(worker *w) noexcept nogil:
     return 0
 
 
+cdef int _add_data(worker *w, const uint8_t *data, size_t size) noexcept nogil:
+    """Send a WRITE's data, from where it is. 0 or -errno."""
+    if w.placed_sent or size != NEAR_DATA_BYTES + w.placed_bytes:
+        bring_home(w)
+    if w.data_lost:
+        return -EIO
+    _add_payload(w, data, size)
+    if w.placed != NULL:
+        w.payload_bytes = NEAR_DATA_BYTES
+        w.payload_placed = w.placed_bytes
+    return 0
+
+
 cdef int _build_write(worker *w) noexcept nogil:
     cdef fuse_write_in *asked = <fuse_write_in *>w.argument
     cdef write_request *made
@@ -475,8 +489,7 @@ cdef int _build_write(worker *w) noexcept nogil:
         made.flags |= KILL_PRIVILEGES
     if asked.flags & O_NONBLOCK:
         made.flags |= WRITE_NONBLOCK
-    _add_payload(w, w.argument + sizeof(fuse_write_in), asked.size)
-    return 0
+    return _add_data(w, w.argument + sizeof(fuse_write_in), asked.size)
 
 
 cdef int _read_directory(worker *w, uint32_t plus) noexcept nogil:

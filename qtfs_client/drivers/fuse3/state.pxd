@@ -100,6 +100,11 @@ cdef struct worker:
     uint8_t *argument
     size_t argument_bytes
     int device                      # the descriptor it was read from, which takes the reply
+    uint8_t *placed                 # the rest of a WRITE's data, if it lies in the channel (placing.pyx)
+    size_t placed_bytes
+    bint placed_sent                # it has gone out from there
+    bint data_lost                  # it could not be brought into the buffer any more
+    bint keeps_data                 # the kernel could not read it into the channel
     const operation_row *row
     detour detour
     uint64_t current                # atomic: its unique while an INTERRUPT can find it here, else 0
@@ -119,6 +124,7 @@ cdef struct worker:
     size_t message_bytes            # without the payload
     const uint8_t *payload
     size_t payload_bytes
+    size_t payload_placed           # behind those, where `placed` is
     bint repeatable                 # it may be executed twice
     bint own                        # no caller waits for it
     int attempts
@@ -142,6 +148,7 @@ cdef struct worker:
     # figures, for whoever asks; nobody else writes them
     uint64_t requests               # that it was given by the kernel
     uint64_t lookups                # that the server granted in replies to it
+    uint64_t data_placed            # bytes of WRITEs that the kernel put into the channel
     # spinning
     spinner spinner
     int spin_credit

@@ -12,6 +12,7 @@ from libc.string cimport memcpy
 
 from qtfs_client.drivers.fuse3.dispatch cimport send_forgets, send_releases, serve
 from qtfs_client.drivers.fuse3.exchange cimport drain, is_quiet, stop, wake_another_locked
+from qtfs_client.drivers.fuse3.placing cimport all_in_buffer, read_placed
 from qtfs_client.drivers.fuse3.state cimport BACKLOG, BUFFER_BYTES, FORGETS_AT_ONCE, LINK_UP, MAX_IDLE, mount_state, \
     pending_request, worker
 from qtfs_client.includes.fuse_abi cimport fuse_in_header
@@ -45,6 +46,7 @@ cdef void _take_pending_locked(worker *w) noexcept nogil:
     if not pending.answered:
         m.pending_count -= 1
         m.pending_bytes -= pending.size
+    all_in_buffer(w)
     memcpy(w.buffer, pending + 1, pending.size)
     w.device = pending.device
     w.answered = pending.answered
@@ -114,6 +116,7 @@ cdef ssize_t _read_device(worker *w, int device) noexcept nogil:
     """What read(2) brings into the buffer: its size or -errno."""
     cdef ssize_t got = read(device, w.buffer, BUFFER_BYTES)
     w.device = device
+    all_in_buffer(w)
     return got if got >= 0 else -errno
 
 
@@ -143,7 +146,7 @@ cdef ssize_t _look(worker *w, int64_t now) noexcept nogil:
     cdef int device = w.mount.triage_device
     cdef ssize_t got = -EAGAIN
     while got == -EAGAIN and w.looker.spent_us < longest and now < until:
-        got = _read_device(w, device)
+        got = read_placed(w, device)
         if got == -EAGAIN:
             now = spin_turn(&w.looker, now)
     if got != -EAGAIN:

@@ -111,13 +111,14 @@ def test_other_long_requests_arrive(tmp_path: Path) -> None:
 
 
 class Writer:
-    """A process that writes DATA over a file when it is told to.
+    """A process that writes over a file when it is told to, other data each time.
 
     Not a thread of ours: an engine that we start would begin by closing our files, and wait for itself.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self.data = b""
         context = multiprocessing.get_context("fork")
         self._ours, theirs = context.Pipe()
         self._process = context.Process(target=self._run, args=(theirs,), daemon=True)
@@ -127,16 +128,18 @@ class Writer:
     def _run(self, talk: Connection) -> None:
         file, known = os.open(self._path, os.O_WRONLY), os.open(self._path, os.O_RDONLY)
         talk.send("ready")
-        while talk.recv():
+        while True:
+            data = talk.recv()
             for _ in range(KEEP_AWAKE):
                 os.close(os.dup(known))
             try:
-                talk.send(os.pwrite(file, DATA, 0))
+                talk.send(os.pwrite(file, data, 0))
             except OSError as error:
                 talk.send(errno.errorcode[error.errno or 0])
 
     def begin(self) -> None:
-        self._ours.send(True)
+        self.data = os.urandom(MIB)
+        self._ours.send(self.data)
 
     def outcome(self) -> int | str:
         """What came of it: bytes written, or the name of an error."""
@@ -187,7 +190,7 @@ def test_data_that_the_engine_did_not_see_is_sent_again(waiting: tuple[Ends, Wri
     both.mount.engine.kill()
     both.mount.engine.start()
     assert writer.outcome() == MIB
-    assert (both.mount.engine.share / "f").read_bytes() == DATA
+    assert (both.mount.engine.share / "f").read_bytes() == writer.data
 
 
 @contextlib.contextmanager

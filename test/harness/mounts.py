@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
 from harness.engine_process import CHECKOUT, EngineProcess
 from harness.leaks import environment, mounts_below
@@ -28,6 +29,16 @@ START_TIMEOUT_S = 20.0
 STOP_TIMEOUT_S = 20.0
 _MAIN = "from qtfs_client import cli\nraise SystemExit(cli.main())"
 _BAD_LINE = re.compile(r"ERROR|CRITICAL|Traceback|Fatal Python error|AddressSanitizer|Unraisable|Exception ignored")
+
+
+class Daemon(Protocol):
+    """What is asked of the process: a Popen."""
+
+    pid: int
+
+    def poll(self) -> int | None: ...
+    def wait(self, timeout: float | None = None) -> int: ...
+    def kill(self) -> None: ...
 
 
 class MountProcess:
@@ -45,7 +56,7 @@ class MountProcess:
         #: What its point is unmounted with.
         self.umount = ["umount", *(["-R"] if "propagate" in options.split(",") else [])]
         self.log_path = point.with_name(point.name + ".log")
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: Daemon | None = None
         self._program = ["-c", f"{script}\n{_MAIN}"] if script else ["-m", "qtfs_client.cli"]
 
     @contextlib.contextmanager
@@ -64,11 +75,7 @@ class MountProcess:
         with contextlib.suppress(FileExistsError):  # not exist_ok: that asks the mount, and it may be dead
             self.point.mkdir()
         left_behind = self._is_mounted()
-        command = [sys.executable, *self._program, str(self.source), str(self.point), "-o", self.options]
-        with self.log_path.open("ab") as log:
-            self.process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment(PYTHONPATH=str(CHECKOUT))
-            )
+        self.process = self._spawn()
 
         def ready() -> bool:
             assert self.process is not None
@@ -78,6 +85,16 @@ class MountProcess:
 
         wait_until(ready, "the mount", START_TIMEOUT_S)
         os.stat(self.point)
+
+    def _arguments(self) -> list[str]:
+        return [str(self.source), str(self.point), "-o", self.options]
+
+    def _spawn(self) -> Daemon:
+        command = [sys.executable, *self._program, *self._arguments()]
+        with self.log_path.open("ab") as log:
+            return subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment(PYTHONPATH=str(CHECKOUT))
+            )
 
     def _is_mounted(self) -> bool:
         return str(self.point) in mounts_below(str(self.point))

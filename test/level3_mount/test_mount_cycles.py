@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from harness.engine_process import EngineProcess
 from harness.leaks import mounts_below, our_processes, thread_count
-from harness.mounts import MountProcess
+from harness.mount_nursery import MountNursery
 from harness.waiting import wait_until
 
 CYCLES = 1000
@@ -27,9 +27,15 @@ def own(tmp_path: Path) -> Iterator[EngineProcess]:
         yield engine
 
 
-def live(engine: EngineProcess, point: Path, number: int) -> None:
+@pytest.fixture
+def nursery() -> Iterator[MountNursery]:
+    with MountNursery().open() as nursery:
+        yield nursery
+
+
+def live(nursery: MountNursery, engine: EngineProcess, point: Path, number: int) -> None:
     """Mount, work, unmount: by umount(8), or by killing the daemon, and then by umount(8)."""
-    mount = MountProcess(engine, engine.share, point, "driver=fuse3")
+    mount = nursery.mount(engine, engine.share, point, "driver=fuse3")
     with mount.running():
         (point / "made").write_text(str(number))
         assert (engine.share / "made").read_text() == str(number)
@@ -42,14 +48,16 @@ def live(engine: EngineProcess, point: Path, number: int) -> None:
 
 @pytest.mark.memory
 @pytest.mark.timeout(60 + CYCLES * CYCLE_TIMEOUT_S)
-def test_mounts_that_come_and_go_leave_nothing(own: EngineProcess, tmp_path: Path) -> None:
+def test_mounts_that_come_and_go_leave_nothing(
+    nursery: MountNursery, own: EngineProcess, tmp_path: Path
+) -> None:
     for number in range(WARM_UP):
-        live(own, tmp_path / "mnt", number)
+        live(nursery, own, tmp_path / "mnt", number)
     wait_until(own.is_idle, "the sessions of killed daemons to be over")
     before = {process.pid for process in our_processes()}
     resident, threads, descriptors = own.resident_bytes(), thread_count(own.pid), own.descriptors()
     for number in range(CYCLES):
-        live(own, tmp_path / "mnt", number)
+        live(nursery, own, tmp_path / "mnt", number)
     wait_until(own.is_idle, f"the engine to let everything go; it has {own.figures()}")
     assert {process.pid for process in our_processes()} <= before
     # Those that let sessions go end when they have had nothing to do for five seconds.

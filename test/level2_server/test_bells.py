@@ -23,6 +23,9 @@ from qtfs_common.addresses import ShmAddress, TcpAddress, UnixAddress, connect_s
 from qtfs_common.errors import ConnectError
 from qtfs_common.rings import shared
 
+#: Well above the limit for strangers on a bell, and below that for all who have not begun a session.
+STRANGERS_S = 30.0
+
 
 @pytest.fixture(params=["unix", "tcp"])
 def own(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[EngineProcess]:
@@ -177,4 +180,22 @@ def test_rubbish_on_the_bell(own: EngineProcess, said: bytes) -> None:
             if len(said) >= 24:
                 assert is_closed_by_peer(bell)
         wait_until(lambda: own.figures()["connections"] == 1, "the stranger to be gone")
+        assert session.getattr(ROOT).nlink >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("own", ["tcp"], indirect=True)
+def test_who_does_not_say_on_the_bell_what_he_wants_is_cut(own: EngineProcess) -> None:
+    """After ten seconds: anybody may reach it. Who has a channel stays."""
+    assert isinstance(own.address, ShmAddress) and own.address.bell is not None
+    with (
+        Session(own.address, own.share) as session,
+        connect_socket(own.address.bell) as silent,
+        connect_socket(own.address.bell) as slow,
+    ):
+        slow.sendall(b"BELL")
+        for bell in (silent, slow):
+            bell.settimeout(STRANGERS_S)
+            assert bell.recv(1) == b""
+        wait_until(lambda: own.figures()["connections"] == 1, "the strangers to be forgotten")
         assert session.getattr(ROOT).nlink >= 2

@@ -18,8 +18,8 @@ from qtfs_common.includes.polling cimport POLLIN
 from qtfs_common.protocol cimport OP_READ, OP_WRITE, header
 from qtfs_common.rings.layout cimport BELL_LINK, BELL_MAGIC, RING_ALIGNMENT, RING_SKIP, SLEEPS_BY_LINK, SLEEPS_FOR_MESSAGES, \
     SLEEPS_FOR_ROOM, bell_greeting, ring_line
-from qtfs_common.rings.memory cimport client_line, engine_line, is_laid_out, is_lost, reply_area, request_area, ring_full_barrier, \
-    ring_load, ring_load_32, ring_memory, ring_publish, ring_store_32, ring_write_barrier
+from qtfs_common.rings.memory cimport client_line, engine_line, is_laid_out, is_lost, is_same_engine, reply_area, \
+    request_area, ring_full_barrier, ring_load, ring_load_32, ring_memory, ring_publish, ring_store_32, ring_write_barrier
 from qtfs_common.transport cimport INBOX_BYTES, WAIT_READABLE, WAIT_WRITABLE, channel, \
     channel_operations, message, poll_socket, release_buffers, socket_channel_init
 
@@ -254,7 +254,8 @@ cdef uint8_t *_ring_place(channel *ch, size_t before) noexcept nogil:
     cdef ring_end *e = _end(ch)
     cdef uint64_t skip = 0
     e.placed = 0
-    if not e.memory.has_pages or _is_over(e) or ch.unsent_bytes[0] > 0 or not _place(e, ch.largest, &skip):
+    if not e.memory.has_pages or not is_same_engine(e.memory) or _is_over(e) or ch.unsent_bytes[0] > 0 or \
+            not _place(e, ch.largest, &skip):
         return NULL
     e.placed = skip + 1
     return e.out + (e.tail + skip) % e.out_bytes + before
@@ -266,7 +267,7 @@ cdef int _ring_commit_placed(channel *ch, size_t size, const void *payload, size
     cdef uint64_t skip = e.placed - 1
     cdef uint8_t *at
     _show_head(ch, e)
-    if _is_over(e):
+    if _is_over(e) or not is_same_engine(e.memory):
         return -ECONNRESET
     at = _skip(e, skip)
     memcpy(at, ch.outbox, size)

@@ -41,7 +41,8 @@ cdef struct ring_control:           # the engine's
     uint64_t areas_at               # from the beginning of the memory
     uint64_t total_bytes
     uint8_t boot[16]                # of the engine's machine: random/boot_id
-    uint8_t unused[64]
+    uint64_t layouts                # grows when the areas come to lie elsewhere
+    uint8_t unused[56]
     uint64_t instance               # of the engine; 0: there is none
     uint64_t beat                   # grows while it lives
 

@@ -22,6 +22,7 @@ cdef struct ring_memory:
     uint64_t request_bytes
     uint64_t reply_bytes
     uint64_t areas_at
+    uint64_t layouts                # as the control block says
     uint64_t instance               # of the engine
     int32_t served[RING_CHANNELS]   # atomic; the engine's: a connection has this channel
 
@@ -32,6 +33,7 @@ cdef uint8_t *request_area(const ring_memory *m, uint32_t channel) noexcept nogi
 cdef uint8_t *reply_area(const ring_memory *m, uint32_t channel) noexcept nogil
 cdef bint is_lost(const ring_memory *m) noexcept nogil
 cdef bint is_laid_out(const ring_memory *m) noexcept nogil
+cdef bint is_same_engine(const ring_memory *m) noexcept nogil
 
 cdef class RingMemory:
     cdef ring_memory m

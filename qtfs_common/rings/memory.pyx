@@ -73,10 +73,13 @@ cdef bint is_lost(const ring_memory *m) noexcept nogil:
 
 
 cdef bint is_laid_out(const ring_memory *m) noexcept nogil:
-    """Whether the areas still lie where we know them."""
-    cdef ring_control *c = control(m)
-    return c.channels == m.channels and c.request_bytes == m.request_bytes and c.reply_bytes == m.reply_bytes and \
-        c.areas_at == m.areas_at
+    """Whether the areas lie where we know them, and always have since we do."""
+    return ring_load(&control(m).layouts) == m.layouts
+
+
+cdef bint is_same_engine(const ring_memory *m) noexcept nogil:
+    """Whether nobody else has laid it out since."""
+    return ring_load(&control(m).instance) == m.instance
 
 
 # ---- for Python ------------------------------------------------------------------------------------------------------
@@ -180,7 +183,11 @@ cdef class RingMemory:
         cdef uint32_t channel
         geometry.check(self.m.bytes)
         ring_publish(&c.instance, 0)
+        if (c.channels, c.request_bytes, c.reply_bytes, c.areas_at) != \
+                (geometry.channels, geometry.request_bytes, geometry.reply_bytes, geometry.areas_at):
+            ring_publish(&c.layouts, c.layouts + 1)
         self._adopt(geometry)
+        self.m.layouts = c.layouts
         for channel in range(self.m.channels):
             memset(engine_line(&self.m, channel), 0, sizeof(ring_line))
         c.version = RING_VERSION
@@ -206,5 +213,6 @@ cdef class RingMemory:
         if copy.areas_at != geometry.areas_at:
             raise ValueError("the areas do not lie where they should")
         self._adopt(geometry)
+        self.m.layouts = copy.layouts
         self.m.instance = copy.instance
         return geometry

@@ -45,7 +45,8 @@ class MountNursery:
     """The process that forks."""
 
     def __init__(self) -> None:
-        self._process: subprocess.Popen[str] | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._said = b""
 
     @contextlib.contextmanager
     def open(self) -> Iterator[MountNursery]:
@@ -53,8 +54,7 @@ class MountNursery:
             [sys.executable, "-c", _PROGRAM],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            text=True,
-            bufsize=1,
+            bufsize=0,
             env=environment(PYTHONPATH=str(CHECKOUT)),
         ) as process:
             self._process = process
@@ -65,14 +65,21 @@ class MountNursery:
 
     def fork(self, log: Path, arguments: list[str]) -> _Forked:
         assert self._process is not None and self._process.stdin is not None
-        self._process.stdin.write("\0".join([str(log), *arguments]) + "\n")
+        self._process.stdin.write(("\0".join([str(log), *arguments]) + "\n").encode())
         return _Forked(self)
 
-    def line(self, timeout_s: float | None) -> str | None:
-        """What the process says next; None: it takes longer."""
+    def number(self, timeout_s: float | None) -> int | None:
+        """What the process says next, on a line of its own; None: it takes longer."""
         assert self._process is not None and self._process.stdout is not None
-        ready, _, _ = select.select([self._process.stdout], [], [], timeout_s)
-        return self._process.stdout.readline() if ready else None
+        while b"\n" not in self._said:
+            ready, _, _ = select.select([self._process.stdout], [], [], timeout_s)
+            if not ready:
+                return None
+            said = os.read(self._process.stdout.fileno(), 100)
+            assert said, "the nursery has ended"
+            self._said += said
+        line, _, self._said = self._said.partition(b"\n")
+        return int(line)
 
 
 class _Forked:
@@ -80,7 +87,7 @@ class _Forked:
 
     def __init__(self, nursery: MountNursery) -> None:
         self._nursery = nursery
-        self.pid = int(nursery.line(None) or "")
+        self.pid = nursery.number(None) or 0
         self._status: int | None = None
 
     def poll(self) -> int | None:
@@ -98,8 +105,7 @@ class _Forked:
 
     def _wait(self, timeout_s: float | None) -> int | None:
         if self._status is None:
-            line = self._nursery.line(timeout_s)
-            self._status = int(line) if line is not None else None
+            self._status = self._nursery.number(timeout_s)
         return self._status
 
 

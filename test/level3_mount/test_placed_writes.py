@@ -33,10 +33,11 @@ pytestmark = pytest.mark.root
 MIB = 1 << 20
 #: Of a WRITE, that come into a buffer of the client's.
 IN_BUFFER = 16384
-DATA = random.Random(3).randbytes(MIB)
+DATA = random.Random(3).randbytes(16 * MIB)
 #: Requests that the client answers by itself, and looks for the next one after each.
 KEEP_AWAKE = 200
 ATTEMPTS = 50
+PIECES = 30
 
 
 @contextlib.contextmanager
@@ -47,10 +48,12 @@ def ends(area: Path, transport: str = "shm", options: str = "") -> Iterator[Ends
             yield Ends(mount, area / "run")
 
 
-def write_all(path: Path, pieces: int) -> None:
+def write_all(path: Path) -> None:
+    """DATA, a mebibyte at a time."""
+    pieces = [memoryview(DATA)[at : at + MIB] for at in range(0, len(DATA), MIB)]
     with path.open("wb", buffering=0) as file:
-        for _ in range(pieces):
-            assert file.write(DATA) == MIB
+        for piece in pieces:
+            assert file.write(piece) == MIB
 
 
 @contextlib.contextmanager
@@ -69,42 +72,46 @@ def test_long_writes_are_read_where_the_engine_finds_them(tmp_path: Path, transp
     with ends(tmp_path, transport) as both:
         deadline = time.monotonic() + 30
         before = both.client["placed"]
-        write_all(both.mount.point / "f", 16)
+        write_all(both.mount.point / "f")
         while transport == "shm" and both.client["placed"] - before < 8 * (MIB - IN_BUFFER):
             assert time.monotonic() < deadline, "they are copied"
             before = both.client["placed"]
-            write_all(both.mount.point / "f", 16)
+            write_all(both.mount.point / "f")
         assert (both.client["placed"] > 0) == (transport == "shm")
-        assert (both.mount.engine.share / "f").read_bytes() == DATA * 16
+        assert (both.mount.engine.share / "f").read_bytes() == DATA
 
 
 @pytest.mark.parametrize("size", [IN_BUFFER - 1, IN_BUFFER, IN_BUFFER + 1, IN_BUFFER + 4096, MIB - 1, MIB])
 def test_every_byte_arrives(tmp_path: Path, size: int) -> None:
     """At the boundary of the two parts, whatever the offset."""
-    wanted = bytearray(3 * MIB)
     draw = random.Random(size)
+    places = [draw.randrange(3 * MIB - size) for _ in range(PIECES)]
+    pieces = [draw.randbytes(size) for _ in places]
+    wanted = bytearray(3 * MIB)
+    for at, piece in zip(places, pieces, strict=True):
+        wanted[at : at + size] = piece
     with ends(tmp_path) as both:
         fd = os.open(both.mount.point / "f", os.O_RDWR | os.O_CREAT)
-        for _ in range(50):
-            at = draw.randrange(len(wanted) - size)
-            piece = draw.randbytes(size)
-            assert os.pwrite(fd, piece, at) == size
-            wanted[at : at + size] = piece
+        deadline = time.monotonic() + 30
+        while (size > IN_BUFFER and both.client["placed"] == 0) or os.fstat(fd).st_size == 0:
+            assert time.monotonic() < deadline, "they are copied"
+            os.ftruncate(fd, 0)
+            os.ftruncate(fd, len(wanted))
+            assert [os.pwrite(fd, piece, at) for at, piece in zip(places, pieces, strict=True)] == [size] * PIECES
+            assert (both.mount.engine.share / "f").read_bytes() == wanted
         os.close(fd)
-        kept = (both.mount.engine.share / "f").read_bytes()
-        assert kept == wanted[: len(kept)] and not any(wanted[len(kept) :])
+        assert (both.client["placed"] > 0) == (size > IN_BUFFER)
 
 
 def test_other_long_requests_arrive(tmp_path: Path) -> None:
     """tmpfs takes extended attributes of 64 KiB."""
+    draw = random.Random(4)
+    values = [draw.randbytes(size) for size in (IN_BUFFER - 200, IN_BUFFER, IN_BUFFER + 200, 65536) for _ in range(5)]
     with ends(tmp_path) as both, memory_file_system(both.mount.engine.share / "t"):
-        draw = random.Random(4)
         (both.mount.point / "t/f").touch()
-        for size in (IN_BUFFER - 200, IN_BUFFER, IN_BUFFER + 200, 65536):
-            for _ in range(5):
-                value = draw.randbytes(size)
-                os.setxattr(both.mount.point / "t/f", "trusted.long", value)
-                assert os.getxattr(both.mount.engine.share / "t/f", "trusted.long") == value
+        for value in values:
+            os.setxattr(both.mount.point / "t/f", "trusted.long", value)
+            assert os.getxattr(both.mount.engine.share / "t/f", "trusted.long") == value
 
 
 # ---- the engine dies

@@ -5,12 +5,13 @@ copies out in any case. The rest of the data comes behind the place that the mes
 has one, and is not copied any more. It is brought into the buffer when the request is to go another way: over another
 channel after this one broke, to the event thread, or later.
 """
-from libc.errno cimport EAGAIN, EFAULT, errno
+from libc.errno cimport EAGAIN, EFAULT, EIO, errno
 from libc.stdint cimport uint8_t, uint32_t
 from libc.string cimport memcpy
 
+from qtfs_client.drivers.fuse3.device cimport reply_error
 from qtfs_client.drivers.fuse3.state cimport BUFFER_BYTES, LINK_UP, worker
-from qtfs_client.includes.fuse_abi cimport FUSE_WRITE, fuse_in_header, fuse_write_in
+from qtfs_client.includes.fuse_abi cimport FUSE_BATCH_FORGET, FUSE_WRITE, fuse_in_header, fuse_write_in
 from qtfs_client.includes.linux cimport iovec, load_int, readv
 from qtfs_common.transport cimport WRITE_FIXED_BYTES, channel
 
@@ -37,6 +38,12 @@ cdef void all_in_buffer(worker *w) noexcept nogil:
     w.data_lost = False
 
 
+cdef void _end_what_is_lost(worker *w) noexcept nogil:
+    """Of FORGETs, which the kernel waits for no answer to, the server keeps the lookups."""
+    if w.request.opcode != FUSE_BATCH_FORGET:
+        reply_error(w, EIO)
+
+
 cdef ssize_t read_placed(worker *w, int device) noexcept nogil:
     """Read a request from a device that does not let wait, as the place may be somebody else's soon. Its size or -errno."""
     cdef iovec parts[2]
@@ -46,7 +53,9 @@ cdef ssize_t read_placed(worker *w, int device) noexcept nogil:
     parts[0].iov_base = w.buffer
     parts[0].iov_len = NEAR_BYTES
     parts[1].iov_base = place if place != NULL else w.buffer + NEAR_BYTES
-    parts[1].iov_len = w.link.ch.largest - DATA_BEFORE_BYTES if place != NULL else BUFFER_BYTES - NEAR_BYTES
+    parts[1].iov_len = BUFFER_BYTES - NEAR_BYTES            # to which it may have to be brought
+    if place != NULL:
+        parts[1].iov_len = min(parts[1].iov_len, <size_t>w.link.ch.largest - DATA_BEFORE_BYTES)
     got = readv(device, parts, 2)
     w.device = device
     if got < 0 and errno == EFAULT and place != NULL:
@@ -58,8 +67,11 @@ cdef ssize_t read_placed(worker *w, int device) noexcept nogil:
         w.placed_sent = False
         if w.request.opcode == FUSE_WRITE:
             w.data_placed += w.placed_bytes
-        else:
-            bring_home(w)
+            return got
+        bring_home(w)
+        if w.data_lost:
+            _end_what_is_lost(w)
+            return -EAGAIN
     return got if got >= 0 else -errno
 
 

@@ -23,6 +23,7 @@ from disks import ext4, tmpfs
 from harness.distant_engine import DistantEngine
 from harness.ends import Ends
 from harness.engine_process import ALL_TRANSPORTS
+from harness.kernel_caches import drops
 from harness.leaks import descriptors, environment
 from harness.waiting import wait_until
 from kit import linkat_fd, outcome, renameat2
@@ -99,6 +100,7 @@ def test_what_the_kernel_has_cached_stays_and_what_changed_meanwhile_is_told(tmp
         ends = Ends(pair.mount, tmp_path / "run")
         for name in ("same", "changed"):
             (pair.here / name).write_text("old")
+        dropped = drops()
         with (pair.there / "same").open("rb", buffering=0) as same, (pair.there / "changed").open("rb") as changed:
             assert (same.read(), changed.read()) == (b"old", b"old")
             before = ends.client
@@ -106,7 +108,7 @@ def test_what_the_kernel_has_cached_stays_and_what_changed_meanwhile_is_told(tmp
             (pair.here / "changed").write_text("newer")
             pair.engine.start()
             assert os.pread(same.fileno(), 3, 0) == b"old"
-            assert pair.engine.figures()["requests"].get("READ", 0) == 0
+            assert pair.engine.figures()["requests"].get("READ", 0) == 0 or drops() != dropped
             assert (pair.there / "changed").read_text() == "newer"
             assert ends.client["invalidations"] > before["invalidations"]
             assert ends.client["begun_anew"] == 0

@@ -22,6 +22,7 @@ from calling import Caller, calling
 from harness.ends import Ends
 from harness.engine_process import TRANSPORTS, EngineProcess, everything_below
 from harness.fault_proxy import Cut, Fault, Message, no_fault, once, stop, stopped
+from harness.kernel_caches import drops
 from harness.leaks import environment
 from harness.mounts import MountProcess
 from harness.waiting import wait_until
@@ -287,6 +288,7 @@ def _whole(written: int) -> None:
 def test_a_cut_leaves_the_kernels_caches_alone(tmp_path: Path, transport: str) -> None:
     with connected(tmp_path, f"cache=always,run_dir={tmp_path}/run", transport=transport) as line:
         (line.here / "f").write_text("text")
+        dropped = drops()
         assert (line.there / "f").read_text() == "text"
         ends = Ends(line.mount, tmp_path / "run")
         before = line.proxy.count("reply", "LOOKUP"), line.proxy.count("reply", "READ")
@@ -295,7 +297,8 @@ def test_a_cut_leaves_the_kernels_caches_alone(tmp_path: Path, transport: str) -
         line.proxy.cut_all()
         wait_until(lambda: ends.client["reconnects"] > 0, "the event channel to be replaced")
         assert (line.there / "f").read_text() == "text"
-        assert (line.proxy.count("reply", "LOOKUP"), line.proxy.count("reply", "READ")) == before
+        after = line.proxy.count("reply", "LOOKUP"), line.proxy.count("reply", "READ")
+        assert after == before or drops() != dropped
         assert ends.client["invalidations"] == invalidations
         ends.check_nothing_is_open()
 

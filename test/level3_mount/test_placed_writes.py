@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 from harness.ends import Ends
 from harness.engine_process import ALL_TRANSPORTS, EngineProcess
+from harness.freezing_fs import FreezingFs
 from harness.mounts import MountProcess
 from harness.ring_file import EPOCH, REQUEST_BYTES, RingFile, bar_path
 from harness.waiting import wait_until
@@ -38,6 +39,9 @@ DATA = random.Random(3).randbytes(16 * MIB)
 KEEP_AWAKE = 200
 ATTEMPTS = 50
 PIECES = 30
+#: So many requests of one session hang in one file system before others are delayed: stuck.pyx.
+MOST_OF_MOUNT = 8
+PUT_OFF_BYTES = 200_000
 
 
 @contextlib.contextmanager
@@ -114,6 +118,33 @@ def test_other_long_requests_arrive(tmp_path: Path) -> None:
             assert os.getxattr(both.mount.engine.share / "t/f", "trusted.long") == value
 
 
+def test_data_that_is_put_off_arrives(tmp_path: Path) -> None:
+    """The engine begins some of what a frozen file system holds up, and delays the rest."""
+    with ends(tmp_path) as both, contextlib.ExitStack() as stack:
+        fs = stack.enter_context(FreezingFs(tmp_path / "image", both.mount.engine.share / "ice").mounted())
+        figures = figures_of(both, tmp_path)
+        files = [fs.point / str(number) for number in range(MOST_OF_MOUNT + 6)]
+        for file in files:
+            file.touch()
+        writers = [Writer(both.mount.point / "ice" / file.name, PUT_OFF_BYTES) for file in files]
+        for writer in writers:
+            stack.callback(writer.end)
+        for _ in range(ATTEMPTS):
+            with fs.frozen():
+                for writer in writers[:MOST_OF_MOUNT]:
+                    writer.begin()
+                engine = both.mount.engine
+                wait_until(lambda: engine.figures()["stuck"] == MOST_OF_MOUNT, "them to be known")
+                placed = [placed_by(figures, writer) for writer in writers[MOST_OF_MOUNT:]]
+                wait_until(lambda: figures()["pending"] == len(placed), "the others to be put off")
+            assert [writer.outcome() for writer in writers] == [PUT_OFF_BYTES] * len(writers)
+            assert [file.read_bytes() for file in files] == [writer.data for writer in writers]
+            if any(placed):
+                break
+        else:
+            pytest.fail("what was put off was not placed")
+
+
 # ---- the engine dies
 
 
@@ -123,8 +154,9 @@ class Writer:
     Not a thread of ours: an engine that we start would begin by closing our files, and wait for itself.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, size: int = MIB) -> None:
         self._path = path
+        self._size = size
         self.data = b""
         context = multiprocessing.get_context("fork")
         self._ours, theirs = context.Pipe()
@@ -145,7 +177,7 @@ class Writer:
                 talk.send(errno.errorcode[error.errno or 0])
 
     def begin(self) -> None:
-        self.data = os.urandom(MIB)
+        self.data = os.urandom(self._size)
         self._ours.send(self.data)
 
     def outcome(self) -> int | str:
@@ -169,15 +201,20 @@ def placed_by(figures: Callable[[], dict[str, Any]], writer: Writer) -> bool:
     return bool(figures()["placed"] > before["placed"])
 
 
+def figures_of(both: Ends, area: Path) -> Callable[[], dict[str, Any]]:
+    """Of the daemon, found without a question to its mount from now on."""
+    place = place_of(os.fsencode(both.mount.point), served_from(str(area / "run")))
+    assert place is not None
+    return partial(mount_figures, place.mount, str(area / "run"))
+
+
 @pytest.fixture
 def waiting(tmp_path: Path) -> Iterator[tuple[Ends, Writer]]:
     """A write whose data lies in shared memory, of which the engine, which has been stopped, knows nothing."""
     with ends(tmp_path) as both, contextlib.ExitStack() as stack:
         engine = both.mount.engine
         (engine.share / "f").touch()
-        place = place_of(os.fsencode(both.mount.point), served_from(str(tmp_path / "run")))
-        assert place is not None
-        figures = partial(mount_figures, place.mount, str(tmp_path / "run"))
+        figures = figures_of(both, tmp_path)
         writer = Writer(both.mount.point / "f")
         stack.callback(writer.end)
         for _ in range(ATTEMPTS):

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 from harness.ends import Ends
@@ -42,6 +42,9 @@ PIECES = 30
 #: So many requests of one session hang in one file system before others are delayed: stuck.pyx.
 MOST_OF_MOUNT = 8
 PUT_OFF_BYTES = 200_000
+
+
+Figures: TypeAlias = Callable[[], dict[str, Any]]
 
 
 @contextlib.contextmanager
@@ -118,6 +121,16 @@ def test_other_long_requests_arrive(tmp_path: Path) -> None:
             assert os.getxattr(both.mount.engine.share / "t/f", "trusted.long") == value
 
 
+def begin_stuck(engine: EngineProcess, figures: Figures, writers: list[Writer]) -> list[bool]:
+    """As many as the engine lets hang, and more, which are put off: whether the data of each of these was placed."""
+    for writer in writers[:MOST_OF_MOUNT]:
+        writer.begin()
+    wait_until(lambda: engine.figures()["stuck"] == MOST_OF_MOUNT, "them to be known")
+    placed = [placed_by(figures, writer) for writer in writers[MOST_OF_MOUNT:]]
+    wait_until(lambda: figures()["pending"] == len(placed), "the others to be put off")
+    return placed
+
+
 def test_data_that_is_put_off_arrives(tmp_path: Path) -> None:
     """The engine begins some of what a frozen file system holds up, and delays the rest."""
     with ends(tmp_path) as both, contextlib.ExitStack() as stack:
@@ -131,12 +144,7 @@ def test_data_that_is_put_off_arrives(tmp_path: Path) -> None:
             stack.callback(writer.end)
         for _ in range(ATTEMPTS):
             with fs.frozen():
-                for writer in writers[:MOST_OF_MOUNT]:
-                    writer.begin()
-                engine = both.mount.engine
-                wait_until(lambda: engine.figures()["stuck"] == MOST_OF_MOUNT, "them to be known")
-                placed = [placed_by(figures, writer) for writer in writers[MOST_OF_MOUNT:]]
-                wait_until(lambda: figures()["pending"] == len(placed), "the others to be put off")
+                placed = begin_stuck(both.mount.engine, figures, writers)
             assert [writer.outcome() for writer in writers] == [PUT_OFF_BYTES] * len(writers)
             assert [file.read_bytes() for file in files] == [writer.data for writer in writers]
             if any(placed):
@@ -193,7 +201,7 @@ class Writer:
         self._ours.close()
 
 
-def placed_by(figures: Callable[[], dict[str, Any]], writer: Writer) -> bool:
+def placed_by(figures: Figures, writer: Writer) -> bool:
     """Whether the data of a write that has just begun lies in shared memory."""
     before = figures()
     writer.begin()
@@ -201,7 +209,7 @@ def placed_by(figures: Callable[[], dict[str, Any]], writer: Writer) -> bool:
     return bool(figures()["placed"] > before["placed"])
 
 
-def figures_of(both: Ends, area: Path) -> Callable[[], dict[str, Any]]:
+def figures_of(both: Ends, area: Path) -> Figures:
     """Of the daemon, found without a question to its mount from now on."""
     place = place_of(os.fsencode(both.mount.point), served_from(str(area / "run")))
     assert place is not None

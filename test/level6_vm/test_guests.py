@@ -70,7 +70,8 @@ REMOVAL = """
 device=/sys/bus/pci/devices/$(find_ivshmem)
 mkdir /mnt/brief
 mount -t qtfs "$share" /mnt/brief -o "server=pcie://$(find_ivshmem)/resource2,timeout=1"
-daemons=$(pgrep -f mount.qtfs | sort)
+daemons=$(pgrep -f qtfs_client.cli | sort)
+[ -n "$daemons" ] || die "no daemons"
 exec 3</mnt/auto/file
 say "in use"
 until [ ! -e "$device" ]; do sleep 0.05; done
@@ -88,7 +89,7 @@ read -r line <&3
 [ "$line" = file ] || die "$line"
 exec 3<&-
 until cat /mnt/brief/file >/dev/null 2>&1; do sleep 0.05; done
-[ "$(pgrep -f mount.qtfs | sort)" = "$daemons" ] || die "not the daemons that there were"
+[ "$(pgrep -f qtfs_client.cli | sort)" = "$daemons" ] || die "not the daemons that there were"
 umount /mnt/auto /mnt/none /mnt/brief
 say "done"
 """

@@ -6,7 +6,8 @@ barrier on both sides, so that one of them sees what the other did. The socket a
 
 The other side may write anything anywhere at any time. So a header is copied out, checked and then used; positions are
 checked against our own idea of the area, and messages are copied out whole, but for long ones of file data, of which
-nothing but the fixed part in front is looked at (and that once).
+nothing but the fixed part in front is looked at (and that once). In a BAR these are copied, too: the kernel has no pages of it
+to give to /dev/fuse, or to a file system that does direct I/O (check_vma_flags in mm/gup.c: EFAULT).
 """
 from libc.errno cimport EAGAIN, EBUSY, ECONNRESET, EINTR, EMSGSIZE, ENOMEM, EPROTO, errno
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
@@ -115,7 +116,7 @@ cdef int _take(channel *ch, ring_end *e, uint64_t there, message *out) noexcept 
             at + out.head.length > e.area_bytes:
         return _broken(e)
     out.body_bytes = out.head.length - sizeof(header)
-    if out.head.op == e.bulk_op and out.head.length > COPIED_BYTES:
+    if e.memory.has_pages and out.head.op == e.bulk_op and out.head.length > COPIED_BYTES:
         out.body = <uint8_t *>e.area + at + sizeof(header)
         e.lent = whole
         return 1 if not is_lost(e.memory) else -ECONNRESET
@@ -191,7 +192,7 @@ cdef uint8_t *_ring_reserve(channel *ch, size_t size, bint bulk) noexcept nogil:
     e.direct = 0
     if size > ch.largest:
         return NULL
-    if bulk and _place(e, size, &skip):
+    if bulk and e.memory.has_pages and _place(e, size, &skip):
         e.direct = skip + 1
         return e.out + (e.tail + skip) % e.out_bytes
     return ch.outbox if size <= ch.outbox_bytes else NULL

@@ -15,7 +15,7 @@ cdef extern from "qtfs_common/rings/barriers.h" nogil:
 cdef struct ring_memory:
     uint8_t *base
     size_t bytes
-    bint has_pages                  # the kernel knows them as pages, so that it can read from a device into them
+    bint has_pages                  # the kernel has pages of it, which /dev/fuse needs: not of a BAR
     int32_t lost                    # atomic: a bus error took it away, and zeros lie where it was met
     int32_t users                   # atomic: channels that work in it
     uint32_t channels

@@ -6,6 +6,8 @@ All in one file, so that no two guests are emulated at a time: each has its proc
 
 from __future__ import annotations
 
+import hashlib
+import os
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +35,9 @@ LEVEL3 = HERE.parent / "level3_mount"
 TIMEOUT_S = 900.0
 BAR_BYTES = 64 << 20
 GRACE_S = 5
+LARGE_BYTES = 4 << 20
+#: Of it, four times: with 32 KiB in each.
+MOST_READS = 512
 
 CONFORMANCE = """
 mkdir -p /tmp/local
@@ -42,6 +47,12 @@ say "conformance"
 """
 
 RESTART = """
+for cache in auto none; do
+    for flag in fullblock direct; do
+        dd if=/mnt/$cache/large of=/tmp/large bs=1M iflag=$flag || die "large, $cache, $flag"
+        [ "$(sha256sum </tmp/large)" = "$digest  -" ] || die "other content: $cache, $flag"
+    done
+done
 exec 3</mnt/auto/file
 read -r line <&3
 [ "$line" = first ] || die "$line"
@@ -139,6 +150,7 @@ def _script(server: EngineProcess, *parts: str) -> str:
 
 def _restart_under_use(server: EngineProcess, boot: Boot) -> None:
     boot.wait_for_text("== in use", TIMEOUT_S)
+    assert server.figures()["requests"]["READ"] < MOST_READS, "what is read fails, or is asked for page by page"
     server.kill()
     (server.share / "file").write_text("second\n")
     server.start()
@@ -172,8 +184,11 @@ def test_conformance_over_a_bar(guest: Guest, server: EngineProcess, scenarios: 
 @pytest.mark.timeout(2 * TIMEOUT_S)
 def test_restart_of_the_engine_and_reboot_of_the_guest(guest: Guest, server: EngineProcess) -> None:
     """What was open goes on, and the mounts; after a power cut the same BAR serves the next boot."""
+    large = os.urandom(LARGE_BYTES)
+    (server.share / "large").write_bytes(large)
     (server.share / "file").write_text("first\n")
-    with guest.booted(_script(server, RESTART)) as boot:
+    digest = f"digest={hashlib.sha256(large).hexdigest()}\n"
+    with guest.booted(digest + _script(server, RESTART)) as boot:
         _restart_under_use(server, boot)
         boot.kill()
     with guest.booted(_script(server, AFTER_REBOOT)) as boot:

@@ -7,14 +7,16 @@ All in one file, so that no two guests are emulated at a time: each has its proc
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
 import pickle
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness.engine_process import EngineProcess
+from harness.engine_process import EngineProcess, everything_below, whitelist_text
 from harness.guest import (
     USER_NETWORK,
     Boot,
@@ -25,6 +27,7 @@ from harness.guest import (
     plug_in_again,
     run_in_guest,
 )
+from harness.mounts import MountProcess
 from harness.waiting import wait_until
 
 from qtfs_common.addresses import ShmAddress, TcpAddress
@@ -103,6 +106,32 @@ until cat /mnt/brief/file >/dev/null 2>&1; do sleep 0.05; done
 [ "$(pgrep -f qtfs_client.cli | sort)" = "$daemons" ] || die "not the daemons that there were"
 umount /mnt/auto /mnt/none /mnt/brief
 say "done"
+"""
+
+#: The other way round: the BAR is the server's. Its files are on a disk of its own.
+ENGINE = """
+set -eu
+. /run/guest/functions
+mkdir -p /tmp/share /etc/qtfs
+printf '%s' "$whitelist" >/etc/qtfs/whitelist
+serve() {
+    qtfs_server/engine --listen "pcie://$(find_ivshmem)/resource2" >"$1" 2>&1 &
+    engine=$!
+    until [ -e "$1" ] && grep -q 'listening on' "$1"; do
+        kill -0 $engine || { cat "$1"; exit 1; }
+        sleep 0.1
+    done
+}
+serve /tmp/log
+echo "== serving"
+await kill
+kill -9 $engine
+serve /tmp/another
+echo "== again"
+await end
+kill $engine
+wait $engine
+sha256sum </tmp/share/copy
 """
 
 
@@ -213,6 +242,43 @@ def test_a_device_that_is_taken_away_and_comes_back(guest: Guest, server: Engine
         boot.result(TIMEOUT_S).check()
     assert (server.share / "from-guest").read_text() == "written\n"
     wait_until(server.is_idle, "the engine to let everything go", GRACE_S + 10)
+
+
+@pytest.mark.vm
+@pytest.mark.slow
+@pytest.mark.root
+@pytest.mark.timeout(2 * TIMEOUT_S)
+def test_an_engine_that_has_the_bar(guest: Guest, bar: Path, tmp_path: Path) -> None:
+    """It serves this machine, to which the BAR is a file; it dies, and the next one goes on."""
+    elsewhere = EngineProcess(tmp_path / "elsewhere")
+    whitelist = f"whitelist='{whitelist_text(everything_below('/tmp/share'))}'\n"
+    large = os.urandom(LARGE_BYTES)
+    mount = MountProcess(elsewhere, Path("/tmp/share"), tmp_path / "mnt", through=ShmAddress(str(bar)))
+    with guest.booted(whitelist + ENGINE) as boot:
+        boot.wait_for_text("== serving", TIMEOUT_S)
+        with mount.running():
+            with (mount.point / "large").open("w+b", buffering=0) as file:
+                assert file.write(large) == len(large)
+                boot.tell("kill")
+                boot.wait_for_text("== again", TIMEOUT_S)
+                assert read_directly(mount.point / "large", len(large)) == large
+                assert os.pread(file.fileno(), 5, LARGE_BYTES - 5) == large[-5:]
+            shutil.copy(mount.point / "large", mount.point / "copy")
+            assert sorted(os.listdir(mount.point)) == ["copy", "large"]
+        boot.tell("end")
+        result = boot.result(TIMEOUT_S).check()
+    assert hashlib.sha256(large).hexdigest() in result.output
+
+
+def read_directly(path: Path, size: int) -> bytes:
+    """With O_DIRECT, for which a mapping has the alignment."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    try:
+        with mmap.mmap(-1, size) as room:
+            assert os.preadv(fd, [room], 0) == size
+            return room[:]
+    finally:
+        os.close(fd)
 
 
 # ---- vsock

@@ -301,12 +301,15 @@ class Fuse3Driver:
         return self._interruptions
 
     def _detach(self) -> None:
-        """DETACH; without it the engine waits for us to return. A channel that was idle may be broken."""
+        """DETACH; without it the engine waits for us to return. A channel that was idle may be broken.
+
+        A server that was out of reach may be back. Children, of which there may be many, do not wait to see.
+        """
         connection, slot = self._idle_channel()
         try:
             if connection is not None and _is_told(connection, slot):
                 return
-            if self._lost_since is None:
+            if self._lost_since is None or not self._is_child:
                 detach(self._engine.with_timeout(_DETACH_S).attach(self._ticket, 0)[0], _DETACH_S)
         except (OSError, QtfsError) as error:
             log.info("%s could not be told that this mount has ended: %s", self._engine.address, error)

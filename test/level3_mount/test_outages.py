@@ -217,9 +217,12 @@ def test_what_was_given_up_leaves_nothing_on_the_server(tmp_path: Path) -> None:
 
 def test_a_mount_that_ends_as_its_server_is_back_leaves_no_session(tmp_path: Path) -> None:
     """Before it has been found to be back: the next attempt is due some tenths of a second later."""
-    with connected(tmp_path, "timeout=1") as line, line.proxy.outage():
-        with calling("stat", line.there / "absent") as caller:
-            assert caller.go().says() == "EIO"
+    with (
+        connected(tmp_path, "timeout=1") as line,
+        line.proxy.outage(),
+        calling("stat", line.there / "absent") as caller,
+    ):
+        assert caller.go().says() == "EIO"
 
 
 # ---- a connection over which nothing comes any more

@@ -22,6 +22,7 @@ from harness.engine_process import CHECKOUT, EngineProcess
 from harness.leaks import environment
 from harness.mounts import MountProcess
 
+_FORK_S = 20.0
 _PROGRAM = """
 import os, sys
 import qtfs_client.drivers.fuse3.driver
@@ -87,7 +88,9 @@ class _Forked:
 
     def __init__(self, nursery: MountNursery) -> None:
         self._nursery = nursery
-        self.pid = nursery.number(None) or 0
+        pid = nursery.number(_FORK_S)
+        assert pid, "the nursery does not fork"
+        self.pid = pid
         self._status: int | None = None
 
     def poll(self) -> int | None:

@@ -43,7 +43,7 @@ def connected(area: Path, options: str = "", grace_s: int = 60, transport: str =
         with mount.running():
             yield Line(engine, proxy, mount)
         if engine.process is not None:
-            wait_until(engine.is_idle, f"the engine to let everything go; it has {engine.figures()}", 10)
+            wait_until(engine.is_idle, f"the engine to let everything go; it has {engine.figures()}")
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 from commandline import CHECKOUT, MOUNT, Outcome, run
 from harness.engine_process import EngineProcess, Rules, everything_below
-from harness.leaks import environment, our_processes
+from harness.leaks import end_processes, environment, our_processes
 from harness.waiting import wait_until
 
 QTCTL = CHECKOUT / "qtfs_client/qtctl"
@@ -110,6 +110,7 @@ class Machines:
                 yield self
                 self.unmount()
         finally:
+            end_processes([psutil.Process(pid) for pid in self.daemons()])  # only of a test that failed
             self.client.close()
             self.server.close()
 

@@ -3,8 +3,12 @@
 A channel carries whole messages in both directions. It owns its descriptor (or its ring) and its buffers; it belongs
 to one thread at a time. No function blocks but `wait`. Errors are negative errno values.
 """
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from qtfs_common.protocol cimport MAX_MESSAGE, caller, header, write_request
+
+cdef extern from "<sys/socket.h>" nogil:
+    enum:
+        AF_UNIX
 
 cdef struct message:                # a received message; `body` is lent until the next `receive` on the channel
     header head                     # copied out and checked
@@ -12,7 +16,7 @@ cdef struct message:                # a received message; `body` is lent until t
     size_t body_bytes
 
 cdef struct channel_operations:
-    # 1: a message; RECEIVE_BEGUN: a part of one, if wanted (tell_begun); 0: none yet; -EPROTO: malformed; -ECONNRESET: the peer is gone; other -errno
+    # 1: a message; RECEIVE_BEGUN: a part of a long one, if wanted (tell_begun); 0: none yet; -EPROTO: malformed; -ECONNRESET: the peer is gone; other -errno
     int (*receive)(channel *, message *) noexcept nogil
     # room for a message of at most that many bytes (header included); NULL: too large. `bulk`: it will be mostly file
     # data, so where the transport has shared memory it is built in there, and not read again
@@ -47,7 +51,7 @@ cdef struct channel_operations:
 cdef enum:
     INBOX_BYTES = MAX_MESSAGE + 8192    # one message and the beginning of the next
     UNTRUSTED_LIMIT = 8192              # longest message from a peer that has not been let in yet
-    LONG_WRITE_BYTES = 128 << 10        # WRITEs from this on may be begun before they are whole
+    LONG_BYTES = 128 << 10              # WRITEs and replies to READ from this on may be begun before they are whole
     WRITE_FIXED_BYTES = sizeof(header) + sizeof(caller) + sizeof(write_request)     # but for groups
 
 cdef enum:
@@ -62,11 +66,13 @@ cdef enum:
 cdef struct channel:
     const channel_operations *ops
     int fd                          # the socket, or what rings if the messages go by shared memory
+    int family                      # AF_* of the socket, if the messages go by it
     void *ring                      # ring_end of rings/channel.pxd; NULL: the messages go by the socket
     uint64_t copied                 # bytes that went through a buffer of ours, in both directions
     uint32_t largest                # the longest message that can be sent, bytes
     uint32_t limit                  # longest message accepted, bytes; raised once the peer is known
-    bint tells_begun                # `receive` says RECEIVE_BEGUN, once, of a long WRITE that is not whole
+    uint16_t begun_op               # `receive` says RECEIVE_BEGUN, once, of a long message that is not whole: of this op
+    size_t first_bytes              # which is found out when so many bytes have come, at most
     bint told_begun                 # it has
     uint8_t *inbox                  # received bytes [begin, end); NULL while nothing is lent and nothing is kept
     size_t inbox_bytes
@@ -84,7 +90,7 @@ cdef void socket_channel_init(channel *ch, int fd) noexcept nogil
 cdef int own_buffers(channel *ch) noexcept nogil
 cdef void lend_buffers(channel *ch, uint8_t *inbox, size_t inbox_bytes, uint8_t *outbox, size_t outbox_bytes) noexcept nogil
 cdef int park(channel *ch) noexcept nogil
-cdef void tell_begun(channel *ch) noexcept nogil
+cdef void tell_begun(channel *ch, uint16_t op, size_t first_bytes) noexcept nogil
 cdef int commit_from_pipe(channel *ch, size_t size, int pipe, size_t pipe_bytes) noexcept nogil
 cdef size_t begun(channel *ch, message *out) noexcept nogil
 cdef int receive_part(channel *ch, size_t size) noexcept nogil

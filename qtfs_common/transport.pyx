@@ -3,14 +3,14 @@
 Sources: socket(7), unix(7), vsock(7), tcp(7); the framing is doc/protocol.md's.
 """
 from libc.errno cimport EAGAIN, ECONNRESET, EINTR, EMSGSIZE, ENOMEM, EPROTO, errno
-from libc.stdint cimport int64_t, uint8_t
+from libc.stdint cimport int64_t, uint8_t, uint16_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memmove, memset
 from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 from posix.unistd cimport close, read
 
 from qtfs_common.includes.polling cimport POLLIN, POLLOUT, pollfd
-from qtfs_common.protocol cimport MAX_MESSAGE, OP_WRITE, header
+from qtfs_common.protocol cimport MAX_MESSAGE, header
 
 import os
 
@@ -36,7 +36,6 @@ cdef extern from "<sys/socket.h>" nogil:
         MSG_NOSIGNAL
         SOL_SOCKET
         SO_DOMAIN
-        AF_UNIX
         AF_INET
         AF_INET6
     ctypedef unsigned int socklen_t
@@ -54,9 +53,6 @@ cdef extern from "<fcntl.h>" nogil:
 
 cdef extern from "<poll.h>" nogil:
     int ppoll(pollfd *, unsigned long, const timespec *, const void *)
-
-cdef enum:
-    FIRST_BYTES = 16384 + WRITE_FIXED_BYTES     # taken of a message before it is known whether it is a long WRITE
 
 cdef int64_t now_us() noexcept nogil:
     """CLOCK_MONOTONIC in microseconds."""
@@ -94,15 +90,15 @@ cdef void _make_room(channel *ch) noexcept nogil:
 
 
 cdef size_t begun(channel *ch, message *out) noexcept nogil:
-    """Of a long WRITE that is not whole: its header, where its body lies, and how much of that has come.
+    """Of a long message that is not whole: its header, where its body lies, and how much of that has come.
 
-    0: there is none, or its fixed part has not come yet.
+    0: there is none of the op that is wanted, or its fixed part has not come yet.
     """
     cdef size_t have = ch.end - ch.begin
-    if not ch.tells_begun or have < WRITE_FIXED_BYTES:
+    if ch.begun_op == 0 or have < WRITE_FIXED_BYTES:
         return 0
     memcpy(&out.head, ch.inbox + ch.begin, sizeof(header))
-    if out.head.op != OP_WRITE or out.head.length < LONG_WRITE_BYTES or out.head.length > ch.limit or \
+    if out.head.op != ch.begun_op or out.head.length < LONG_BYTES or out.head.length > ch.limit or \
             out.head.length > ch.inbox_bytes - ch.begin:
         return 0
     out.body = ch.inbox + ch.begin + sizeof(header)
@@ -149,7 +145,7 @@ cdef int receive_from_pipe(channel *ch, int pipe, size_t size) noexcept nogil:
 
 cdef int _socket_receive(channel *ch, message *out) noexcept nogil:
     cdef int found
-    cdef bint fresh
+    cdef bint unknown
     while True:
         found = _next_message(ch, out)
         if found == 0 and not ch.told_begun and begun(ch, out) > 0:
@@ -158,9 +154,9 @@ cdef int _socket_receive(channel *ch, message *out) noexcept nogil:
         if found != 0:
             ch.told_begun = False
             return found
-        fresh = ch.begin == ch.end
+        unknown = ch.end - ch.begin < WRITE_FIXED_BYTES
         _make_room(ch)
-        found = receive_part(ch, FIRST_BYTES if ch.tells_begun and fresh else ch.inbox_bytes - ch.end)
+        found = receive_part(ch, min(ch.first_bytes if ch.begun_op and unknown else INBOX_BYTES, ch.inbox_bytes - ch.end))
         if found <= 0:
             return found
 
@@ -358,22 +354,24 @@ _socket_operations.close = _socket_close
 
 cdef void socket_channel_init(channel *ch, int fd) noexcept nogil:
     """Make `ch` a channel over the connected stream socket `fd`, which it owns from now on; it has no buffers yet."""
+    cdef socklen_t size = sizeof(ch.family)
     memset(ch, 0, sizeof(channel))
     ch.ops = &_socket_operations
     ch.fd = fd
+    getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &ch.family, &size)
     ch.limit = UNTRUSTED_LIMIT
     ch.largest = INBOX_BYTES
 
 
-cdef void tell_begun(channel *ch) noexcept nogil:
-    """Let `receive` tell of long WRITEs that are not whole, where splice(2) moves pages out of the socket.
+cdef void tell_begun(channel *ch, uint16_t op, size_t first_bytes) noexcept nogil:
+    """Let `receive` tell of long messages of an op that are not whole, where splice(2) moves pages out of the socket.
 
-    Other families than these copy them, and allocate some for that.
+    Other families than these copy them, and allocate some for that. Op 0: of none.
+
+    `first_bytes`: taken of a message, at most, before it is known whether it is such a one.
     """
-    cdef int family = 0
-    cdef socklen_t size = sizeof(family)
-    ch.tells_begun = ch.ring == NULL and \
-        getsockopt(ch.fd, SOL_SOCKET, SO_DOMAIN, &family, &size) == 0 and family in (AF_UNIX, AF_INET, AF_INET6)
+    ch.begun_op = op if ch.family in (AF_UNIX, AF_INET, AF_INET6) else 0
+    ch.first_bytes = first_bytes
 
 
 # ---- buffers: a client's channel owns its own, the server's workers lend theirs ------------------------------------

@@ -1,12 +1,12 @@
 """From a received message to a reply: operation table, slots, exactly-once."""
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
+from qtfs_common.pipes cimport splice_pipe
 from qtfs_common.protocol cimport OP_COUNT, header
 from qtfs_common.transport cimport message
 from qtfs_server.identity cimport identity
 from qtfs_server.request cimport early_write, execution, request
 from qtfs_server.session cimport session
-from qtfs_server.splicing cimport splice_pipe
 
 cdef struct counters:               # of one worker
     uint64_t requests[OP_COUNT]

@@ -9,6 +9,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
+from qtfs_common.pipes cimport splice_pipe
 from qtfs_common.protocol cimport *
 from qtfs_common.transport cimport message
 from qtfs_server.handles cimport handle_end
@@ -19,7 +20,6 @@ from qtfs_server.request cimport DEFERRED, HANDED_OVER, MALFORMED, execution, op
 from qtfs_server.node_descriptors cimport evict
 from qtfs_server.nodes cimport node_forget
 from qtfs_server.session cimport MOST_LISTED, SAVED_REPLY_BYTES, intent, session, slot
-from qtfs_server.splicing cimport splice_pipe
 from qtfs_server.stuck cimport has_to_wait, note_execution
 
 cdef struct table_entry:
@@ -234,7 +234,7 @@ cdef int _execute_admitted(request *r, slot *at, counters *count, const message 
     if result <= MALFORMED:
         return MALFORMED
     _reply_header(msg, -result, r.reply_bytes, out)
-    out_bytes[0] = sizeof(header) + (r.reply_bytes if r.pipe == NULL or r.pipe.bytes == 0 else 0)
+    out_bytes[0] = sizeof(header) + r.reply_bytes - (r.pipe.bytes if r.pipe != NULL else 0)
     if r.keep_reply:
         _save_reply(at, out, out_bytes[0])
     return 0
@@ -246,7 +246,7 @@ cdef int execute_in_slot(session *s, uint32_t slot_index, const void *channel, i
     """Execute a request of a slot, or find the reply it got before. 0 (the reply is at `out`), MALFORMED or SLOT_BUSY.
 
     `channel`: the connection that it came by. HANDED_OVER: the slot stays taken until settle_in_slot or abandon_in_slot.
-    `pipe`: where the body may be instead, which then holds some bytes; NULL: nowhere.
+    `pipe`: where the end of the body may be instead, which then holds some bytes; NULL: nowhere.
     """
     cdef slot *at = &s.slot_table[slot_index]
     cdef request r

@@ -12,6 +12,7 @@ any other message that is not whole.
 from libc.stdint cimport int64_t, uint8_t, uint64_t
 from libc.string cimport memcpy
 
+from qtfs_common.pipes cimport pipe_drop, pipe_make, splice_pipe
 from qtfs_common.protocol cimport write_request
 from qtfs_common.transport cimport WAIT_READABLE, begun, channel, message, now_us, receive_from_pipe, receive_part, \
     receive_to_pipe
@@ -23,7 +24,7 @@ from qtfs_server.includes.linux cimport pwrite
 from qtfs_server.operations.files cimport hold_for_early_write
 from qtfs_server.request cimport early_write, request
 from qtfs_server.session cimport handle
-from qtfs_server.splicing cimport pipe_drop, pipe_empty_into, pipe_make, splice_pipe
+from qtfs_server.splicing cimport pipe_empty_into
 from qtfs_server.stuck cimport has_to_wait, note_execution
 from qtfs_server.worker cimport worker
 

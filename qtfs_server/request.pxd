@@ -1,10 +1,10 @@
 """One file operation on its way through the server, and what every operation does first with its body."""
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 
+from qtfs_common.pipes cimport splice_pipe
 from qtfs_common.protocol cimport MAX_NAME, caller, header, name_is_valid, write_request
 from qtfs_server.identity cimport act_as, identity
 from qtfs_server.session cimport intent, session
-from qtfs_server.splicing cimport splice_pipe
 
 cdef enum:
     MALFORMED = -100000             # not an errno: the message breaks the protocol, the connection ends
@@ -36,7 +36,7 @@ cdef struct request:
     uint8_t *reply                  # room for the reply's body
     size_t reply_room
     size_t reply_bytes              # set by the operation
-    splice_pipe *pipe               # may take the reply's body instead of `reply`, and tells; NULL: it may not
+    splice_pipe *pipe               # may take the end of the reply's body instead of `reply`, and tells; NULL: it may not
     uint8_t *scratch                # SCRATCH_BYTES of the worker, for directory blocks and the like
     const early_write *early        # what of a WRITE is done already; NULL: nothing
     bint repeated                   # it was executed before, and may be again

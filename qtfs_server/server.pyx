@@ -11,7 +11,7 @@ from libc.string cimport memcpy, memset
 from qtfs_common.includes.polling cimport EFD_CLOEXEC, EPOLLIN, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_MOD, \
     epoll_create1, epoll_ctl, epoll_event, eventfd
 from qtfs_common.protocol cimport *
-from qtfs_common.transport cimport WAIT_WRITABLE, channel, message, now_us, tell_begun
+from qtfs_common.transport cimport WAIT_WRITABLE, WRITE_FIXED_BYTES, channel, message, now_us, tell_begun
 from qtfs_server.connection cimport STATE_EVENT, STATE_GREETED, STATE_NEW, STATE_SLOT, STATE_TRUSTED, bytes_copied, \
     connection, connection_count, cut_unattached, probe_vsock_peers
 from qtfs_server.chores cimport chores_done
@@ -59,6 +59,7 @@ cdef extern from "<sys/socket.h>" nogil:
 
 cdef enum:
     PROBE_PERIOD_US = 20000000
+    FIRST_BYTES = 16384 + WRITE_FIXED_BYTES     # of a message, before it is known whether it is a long WRITE
     ERRAND_SEND_TIMEOUT_US = 5000000   # whose client does not read its answer is cut
 
 log = logging.getLogger(__name__)
@@ -434,7 +435,7 @@ cdef class Server(Service):
         pthread_mutex_lock(&s.guard)
         older = <connection *>(s.event if slot == EVENT_SLOT else s.slot_table[slot].connection)
         if slot != EVENT_SLOT:
-            tell_begun(&c.ch)
+            tell_begun(&c.ch, OP_WRITE, FIRST_BYTES)
             s.slot_table[slot].connection = c   # the event channel follows once it has its reply, open_events
         if older != NULL:
             older.ch.ops.cut(&older.ch, SHUT_RDWR)

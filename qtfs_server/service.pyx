@@ -14,10 +14,11 @@ from libc.stdlib cimport calloc, free, malloc
 
 from qtfs_common.includes.polling cimport EFD_CLOEXEC, EPOLLEXCLUSIVE, EPOLLIN, EPOLLONESHOT, EPOLLOUT, EPOLLRDHUP, \
     EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD, epoll_ctl, epoll_event, epoll_wait, eventfd
+from qtfs_common.pipes cimport pipe_drop, pipe_make
 from qtfs_common.protocol cimport MESSAGE_REPLY, OP_DETACH, OP_LOOKUP, OP_READ
 from qtfs_common.rings.memory cimport RingMemory
 from qtfs_common.spinning cimport SPIN_CAP_US, move_away, spin_begin, spin_found, spin_shares, spin_turn
-from qtfs_common.transport cimport RECEIVE_BEGUN, WAIT_READABLE, WAIT_WRITABLE, commit_from_pipe, lend_buffers, message, \
+from qtfs_common.transport cimport AF_UNIX, RECEIVE_BEGUN, WAIT_READABLE, WAIT_WRITABLE, commit_from_pipe, lend_buffers, message, \
     now_us, park
 from qtfs_server.connection cimport STATE_EVENT, STATE_SLOT, connection, connection_count, connection_free, \
     connection_new, cut_those_in, somebody_new
@@ -32,7 +33,6 @@ from qtfs_server.includes.linux cimport atomic_add_int, atomic_load_int, atomic_
 from qtfs_server.operations.locks cimport see_to_lock_polling
 from qtfs_server.request cimport HANDED_OVER, SCRATCH_BYTES
 from qtfs_server.session cimport session
-from qtfs_server.splicing cimport pipe_drop, pipe_make
 from qtfs_server.stuck cimport MAX_WORKERS, judge, publish
 from qtfs_server.worker cimport BUFFER_BYTES, worker
 from qtfs_server cimport descriptors as descriptors_module
@@ -82,6 +82,7 @@ cdef int _serve_slot(Service service, worker *w, connection *c, const message *m
     cdef uint8_t *out = c.ch.ops.reserve(&c.ch, room, msg.head.op == OP_READ)
     cdef size_t size = 0
     cdef int result = SLOT_BUSY
+    w.pipe.onward = c.ch.family == AF_UNIX
     while True:
         result = execute_in_slot(c.s, c.slot, c, &w.me, w.scratch, &w.count, &w.at, msg, &c.early, out, room,
                                  &w.pipe if c.ch.ring == NULL else NULL, &size)

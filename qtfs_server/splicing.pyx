@@ -6,51 +6,22 @@ program of the server writes into the file before the client has received the da
 too, had the read come a moment later.
 """
 from libc.errno cimport EINTR, EIO, errno
-from libc.stdint cimport int64_t, uint8_t, uint64_t
+from libc.stdint cimport int64_t, uint64_t
 
-from qtfs_server.includes.linux cimport O_CLOEXEC, O_NONBLOCK, close
+from qtfs_common.pipes cimport PIPE_BYTES, PIPE_PAGE_BYTES, pipe_drop, pipe_make, splice_pipe
 
 cdef extern from "<fcntl.h>" nogil:
     enum:
-        F_SETPIPE_SZ
         SPLICE_F_MOVE
         SPLICE_F_NONBLOCK
-    int fcntl(int, int, ...)
     ssize_t splice(int, int64_t *, int, int64_t *, size_t, unsigned int)
-
-cdef extern from "<unistd.h>" nogil:
-    int pipe2(int *, int)
-
-cdef enum:
-    PIPE_BYTES = 1 << 20            # what anybody may have, /proc/sys/fs/pipe-max-size
-    PAGE_BYTES = 4096               # a pipe holds so many pages, whole or not; larger ones only hold more
-
-
-cdef bint pipe_make(splice_pipe *p) noexcept nogil:
-    """Whether there is a pipe; a worker makes it when it starts."""
-    if p.ends[0] == 0:
-        if pipe2(p.ends, O_CLOEXEC | O_NONBLOCK) < 0:
-            p.ends[0] = -1
-            return False
-        if fcntl(p.ends[1], F_SETPIPE_SZ, <int>PIPE_BYTES) < PIPE_BYTES:
-            pipe_drop(p)            # it would not hold a whole read
-            p.ends[0] = -1
-    return p.ends[0] > 0
-
-
-cdef void pipe_drop(splice_pipe *p) noexcept nogil:
-    """Give up the pipe with what is in it; the next use makes another."""
-    close(p.ends[0])
-    close(p.ends[1])
-    p.ends[0] = p.ends[1] = 0
-    p.bytes = 0
 
 
 cdef bint pipe_fill(splice_pipe *p, int fd, size_t size, uint64_t offset) noexcept nogil:
     """Take up to `size` bytes of a file, fewer only at its end. False: the pipe is empty, and pread(2) has to do it."""
     cdef int64_t at = <int64_t>offset
     cdef ssize_t got = 1
-    if offset % PAGE_BYTES + size > PIPE_BYTES or not pipe_make(p):
+    if offset % PIPE_PAGE_BYTES + size > PIPE_BYTES or not pipe_make(p):
         return False
     p.bytes = 0
     while p.bytes < size and got > 0:

@@ -1,12 +1,12 @@
 """What a worker thread has for itself."""
 from libc.stdint cimport int64_t, uint8_t, uint64_t
 
+from qtfs_common.pipes cimport splice_pipe
 from qtfs_common.protocol cimport MAX_MESSAGE
 from qtfs_common.spinning cimport spinner
 from qtfs_server.dispatch cimport counters
 from qtfs_server.identity cimport identity
 from qtfs_server.request cimport execution
-from qtfs_server.splicing cimport splice_pipe
 
 cdef enum:
     BUFFER_BYTES = MAX_MESSAGE + 8192

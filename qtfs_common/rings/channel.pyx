@@ -414,6 +414,7 @@ cdef int _ring_init(channel *ch, ring_memory *memory, uint32_t number, uint64_t 
         ring_publish(&e.ours.epoch, 0)
         ring_write_barrier()
     ch.ring = e
+    ch.family = 0                       # the bell's is not that of the messages
     ch.ops = &_ring_operations
     # What does not fit behind the last message begins at the front, and what was skipped is used up.
     ch.largest = <uint32_t>min(min(e.out_bytes, e.area_bytes) // 2, <uint64_t>INBOX_BYTES)

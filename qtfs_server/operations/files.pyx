@@ -9,6 +9,7 @@ from libc.errno cimport EACCES, EAGAIN, EBADF, EEXIST, EFAULT, EINVAL, EIO, EISD
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy, memset
 
+from qtfs_common.pipes cimport PIPE_BYTES, PIPE_PAGE_BYTES
 from qtfs_common.protocol cimport KILL_PRIVILEGES, MAX_NAME, MAX_PAYLOAD, MAX_RELEASES, OPENED_CHANGED, OPENED_UNCACHED, \
     RELEASE_FLOCK, WRITE_APPEND, WRITE_AT_OFFSET, copy_request, count_reply, create_reply, create_request, entry, fallocate_request, \
     fsync_request, ioctl_reply, ioctl_request, lseek_reply, lseek_request, open_reply, open_request, read_request, \
@@ -51,6 +52,7 @@ cdef enum:
     FOR_EXECUTION = 0x20            # __FMODE_EXEC of <linux/fs.h>: execve(2) opens what the caller may only execute
     # What a client may ask for. O_DIRECT would demand alignment of our buffers; the client's own pages are not here.
     PASSED_FLAGS = O_ACCMODE | O_APPEND | O_DSYNC | O_SYNC | O_NOATIME
+    COPIED_BYTES = 32768            # of a READ that would not fit into a pipe with what lies in front of it
     LONGEST_COPY = 128 << 20        # of one COPY_FILE_RANGE, bytes: a worker is not to be busy for minutes
     FS_IOC_GETFLAGS = 0x80086601
     FS_IOC_SETFLAGS = 0x40086602
@@ -329,6 +331,26 @@ cdef ssize_t _read(const handle *h, uint8_t *data, size_t size, uint64_t offset)
     return read(h.fd, data, size) if got < 0 and errno == ESPIPE else got
 
 
+cdef size_t _beginning(const request *r, const read_request *body) noexcept nogil:
+    """How much of a READ is to be copied, so that the rest begins with a page: little, or nothing."""
+    if not r.pipe.onward or body.size <= PIPE_BYTES - COPIED_BYTES:
+        return 0
+    return COPIED_BYTES - body.offset % PIPE_PAGE_BYTES
+
+
+cdef bint _read_by_reference(request *r, const handle *h, const read_request *body) noexcept nogil:
+    """Have the data in the pipe, but for the beginning of the longest reads. False: all of it is to be copied.
+
+    The client's pipe has to hold a header, too; what is copied comes there in pieces of several pages.
+    """
+    cdef size_t size = _beginning(r, body)
+    if size > 0 and pread(h.fd, r.reply, size, body.offset) < <ssize_t>size or \
+            not pipe_fill(r.pipe, h.fd, body.size - size, body.offset + size):
+        return False
+    r.reply_bytes = size + r.pipe.bytes
+    return True
+
+
 cdef int op_read(request *r) noexcept nogil:
     """READ: read_request → data; fewer bytes than asked only at the end of the file."""
     cdef read_request *body = <read_request *>r.body
@@ -346,8 +368,8 @@ cdef int op_read(request *r) noexcept nogil:
     elif error == 0 and h.flags & HANDLE_STREAM:
         error = read_stream(r, h, body)
     elif error == 0 and r.pipe != NULL and body.size >= SPLICE_BYTES and not h.flags & HANDLE_POLLABLE and \
-            pipe_fill(r.pipe, h.fd, body.size, body.offset):
-        r.reply_bytes = r.pipe.bytes
+            _read_by_reference(r, h, body):
+        pass
     elif error == 0:
         got = _read(h, r.reply, body.size, body.offset)
         error = _transfer_error(-errno) if got < 0 else 0

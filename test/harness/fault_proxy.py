@@ -5,7 +5,7 @@
 
 `fault` is asked about every message before it is handed on, in the thread of its connection and direction: while it
 waits, the message is delayed. None lets the message through; otherwise it says what becomes of the message and of its
-connection: `Cut`, `HalfClose`, `Garble`, `Stale`. What went through whole is counted in `passed`.
+connection: `Cut`, `HalfClose`, `Garble`, `Stale`, `Pieces`. What went through whole is counted in `passed`.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from qtfs_common.protocol import EVENT, OPERATION_NAMES
 
 _ATTACH = struct.Struct("<Q32sI")  # session, secret, slot
 _JOIN_S = 10.0
+_HELD_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,15 @@ class Stale:
     seconds: float
 
 
-Action: TypeAlias = Cut | HalfClose | Garble | Stale
+@dataclass(frozen=True)
+class Pieces:
+    """Hand the message on in pieces of so many bytes: the first, and once `go` is set the others."""
+
+    size: int
+    go: threading.Event | None = None
+
+
+Action: TypeAlias = Cut | HalfClose | Garble | Stale | Pieces
 Fault: TypeAlias = Callable[[Message], Action | None]
 
 
@@ -250,6 +259,8 @@ class FaultProxy:
             self._outlive(pair, action)
         if action is None:
             self._pass(where, operation, data, destination)
+        elif isinstance(action, Pieces):
+            _in_pieces(action, data, destination)
         else:
             destination.sendall(data)
         if isinstance(action, HalfClose) or (isinstance(action, Garble) and action.ends):
@@ -289,6 +300,14 @@ def _listening(path: Path, over_tcp: bool) -> tuple[socket.socket, Address]:
     sock.bind(str(path))
     sock.listen(128)
     return sock, UnixAddress(str(path))
+
+
+def _in_pieces(action: Pieces, data: bytes, destination: socket.socket) -> None:
+    destination.sendall(data[: action.size])
+    if action.go is not None:
+        action.go.wait(_HELD_S)
+    for at in range(action.size, len(data), action.size):
+        destination.sendall(data[at : at + action.size])
 
 
 def _receive(source: socket.socket) -> bytes:

@@ -5,7 +5,8 @@
     faults.struck               # Counter({"cut": 31, "garble": 20})
 
 A channel and what happens to it are a function of the seed; the moment is one of the clock, so it may strike anywhere
-in a message. Nothing is struck that the other side could take for good.
+in a message. Nothing is struck that the other side could take for good, and no client's claim: who takes that takes the long
+WRITE that lies there, too (doc/rings.md, 5).
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ class RingFaults:
 
     def _strike(self, ring: RingFile) -> None:
         kind = self._draw.choice(sorted(_KINDS))
-        side = self._draw.choice((ring.client_line, ring.engine_line))
+        sides = (ring.engine_line,) if kind == "cut" else (ring.client_line, ring.engine_line)
+        side = self._draw.choice(sides)
         served = ring.served()
         if served:
             _KINDS[kind](self._draw, ring, side(self._draw.choice(served)))
@@ -59,7 +61,7 @@ class RingFaults:
 
 
 def _cut(draw: random.Random, ring: RingFile, line: int) -> None:
-    """The side is gone, or another one is there."""
+    """The engine is gone, or another one is there."""
     ring.set(line + EPOCH, draw.choice((0, draw.getrandbits(64))))
 
 

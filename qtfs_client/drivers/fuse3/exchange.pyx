@@ -17,6 +17,7 @@ from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 from qtfs_client.drivers.fuse3.callers cimport caught_signal_pending, fatal_signal_pending, is_exiting
 from qtfs_client.drivers.fuse3.delayed cimport put_off
 from qtfs_client.drivers.fuse3.device cimport reply_error
+from qtfs_client.drivers.fuse3.piping cimport begin_piping, drop_piped, expect_short_reply, receive_piped
 from qtfs_client.drivers.fuse3.placing cimport bring_home
 from qtfs_client.drivers.fuse3.replies cimport answer_from_memory_locked
 from qtfs_client.drivers.fuse3.state cimport CAUGHT_SIGNAL_US, LINK_LOST, LINK_READY, LINK_UP, MAKES_ENTRIES, \
@@ -27,7 +28,7 @@ from qtfs_client.includes.linux cimport load_i64, load_int, load_u64, pthread_mu
 from qtfs_common.includes.polling cimport POLLIN, eventfd_read, eventfd_write, poll, pollfd
 from qtfs_common.protocol cimport ERROR_DELAYED, MESSAGE_REPLY, ROOT_NODE
 from qtfs_common.spinning cimport SPIN_CAP_US, move_away, spin_begin, spin_found, spin_shares, spin_turn
-from qtfs_common.transport cimport WAIT_READABLE, WAIT_WOKEN, WAIT_WRITABLE, message, now_us
+from qtfs_common.transport cimport RECEIVE_BEGUN, WAIT_READABLE, WAIT_WOKEN, WAIT_WRITABLE, message, now_us
 
 cdef enum:
     SLICE_US = 1000000              # longest sleep between two looks at interrupts and timeouts
@@ -110,6 +111,7 @@ cdef bint is_quiet(int device) noexcept nogil:
 cdef void _lose(worker *w) noexcept nogil:
     """Give up the worker's broken channel, which may hold data of the request in hand."""
     bring_home(w)
+    drop_piped(w)
     lose(w.mount.manager_fd, &w.link)
 
 
@@ -125,6 +127,7 @@ cdef int _send(worker *w, builder build) noexcept nogil:
     cdef int status
     if w.phase == PHASE_BUILD:
         w.link.ch.ops.release(w.link.ch)    # the last reply has been handed on
+        expect_short_reply(w)
         status = build(w)
         if status < 0:
             return status
@@ -141,13 +144,20 @@ cdef int _send(worker *w, builder build) noexcept nogil:
     return status
 
 
+cdef bint _is_reply(const worker *w, const message *reply) noexcept nogil:
+    """Whether a message is the reply to what was sent last."""
+    return w.phase == PHASE_SENT and reply.head.sequence == w.sequence and reply.head.op == w.asked_op and \
+        reply.head.flags & MESSAGE_REPLY
+
+
 cdef int _receive(worker *w, message *reply) noexcept nogil:
     """1: the reply has come; 0: not yet, or the channel has just broken."""
-    cdef int found = w.link.ch.ops.receive(w.link.ch, reply)
+    cdef int found = receive_piped(w, reply) if w.piped_bytes > 0 else w.link.ch.ops.receive(w.link.ch, reply)
+    if found == RECEIVE_BEGUN:
+        found = begin_piping(w, reply) if _is_reply(w, reply) else w.link.ch.ops.receive(w.link.ch, reply)
     if found == 0:
         return 0
-    if found > 0 and w.phase == PHASE_SENT and reply.head.sequence == w.sequence and reply.head.op == w.asked_op and \
-            reply.head.flags & MESSAGE_REPLY:
+    if found > 0 and _is_reply(w, reply):
         w.renewals_seen = load_int(&w.mount.renewals)
         if load_int(&w.mount.overdue):
             store_int(&w.mount.overdue, 0)

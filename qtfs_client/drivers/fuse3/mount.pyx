@@ -20,6 +20,7 @@ from qtfs_client.includes.linux cimport close, load_int, load_u64, posix_memalig
     pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, store_int
 from qtfs_common.includes.polling cimport EFD_CLOEXEC, EFD_NONBLOCK, EPOLL_CLOEXEC, POLLERR, POLLIN, epoll_create1, eventfd, \
     eventfd_write, poll, pollfd
+from qtfs_common.pipes cimport pipe_drop
 from qtfs_common.protocol cimport MAX_SLOTS, forget_item
 from qtfs_common.transport cimport Connection
 
@@ -65,6 +66,8 @@ cdef worker *_worker_new(mount_state *m, uint32_t slot) noexcept:
 cdef void _worker_free(worker *w) noexcept:
     if w.link.wake_fd >= 0:
         close(w.link.wake_fd)
+    if w.pipe.ends[0] > 0:
+        pipe_drop(&w.pipe)
     free(w.forgotten)
     free(w.memory)
     free(w)
@@ -78,6 +81,7 @@ cdef struct mount_figures:          # as doc/control.md has them
     uint64_t forgets_unsent
     uint64_t invalidations
     uint64_t placed
+    uint64_t piped
     uint64_t pending
     uint64_t waits
     uint64_t orphans
@@ -95,6 +99,7 @@ cdef void _look(mount_state *m, mount_figures *out) noexcept nogil:
         out.requests += m.workers[i].requests
         out.lookups += m.workers[i].lookups
         out.placed += m.workers[i].data_placed
+        out.piped += m.workers[i].data_piped
     out.forgotten = m.forgotten
     out.forgets_unsent = m.forget_count
     out.pending = m.pending_count

@@ -11,6 +11,7 @@ from libc.string cimport memset
 
 from qtfs_client.drivers.fuse3.device cimport forget_cached_attributes, reply, reply_error, show_size, write_reply
 from qtfs_client.drivers.fuse3.known_nodes cimport forget_known
+from qtfs_client.drivers.fuse3.piping cimport reply_from_pipe
 from qtfs_client.drivers.fuse3.special_state cimport special_state
 from qtfs_client.drivers.fuse3.state cimport CACHE_ALWAYS, CACHE_AUTO, CACHE_NONE, HANDLE_POLLABLE, MAKES_ENTRIES, \
     MAKES_ENTRY, MAKES_HANDLE, MAX_FORGETS, mount_state, replier, worker
@@ -181,6 +182,8 @@ cdef int _answer_data(worker *w, message *m) noexcept nogil:
     """READ, READDIR: at most what was asked for."""
     if m.body_bytes > (<fuse_read_in *>w.argument).size:
         return reply_error(w, EIO)
+    if w.piped_bytes > 0:
+        return reply_from_pipe(w)
     return reply(w, m.body, m.body_bytes)
 
 

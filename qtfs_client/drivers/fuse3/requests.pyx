@@ -9,6 +9,7 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
 from qtfs_client.drivers.fuse3.callers cimport caller_groups
+from qtfs_client.drivers.fuse3.piping cimport expect_data
 from qtfs_client.drivers.fuse3.placing cimport NEAR_DATA_BYTES, bring_home
 from qtfs_client.drivers.fuse3.state cimport FORGETS_AT_ONCE, builder, mount_state, worker
 from qtfs_client.includes.fuse_abi cimport *
@@ -456,6 +457,7 @@ cdef int _build_read(worker *w) noexcept nogil:
     made.offset = asked.offset
     made.size = asked.size
     made.flags = READ_NONBLOCK if asked.flags & O_NONBLOCK else 0
+    expect_data(w, asked.size)
     return 0
 
 

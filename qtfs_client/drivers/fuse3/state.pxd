@@ -14,6 +14,7 @@ from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from qtfs_client.includes.fuse_abi cimport fuse_in_header
 from qtfs_client.includes.linux cimport pthread_mutex_t
+from qtfs_common.pipes cimport splice_pipe
 from qtfs_common.protocol cimport MAX_RELEASES, MAX_SLOTS, attributes_reply, forget_item, statfs_reply
 from qtfs_common.spinning cimport spinner
 from qtfs_common.transport cimport channel, message
@@ -125,6 +126,9 @@ cdef struct worker:
     const uint8_t *payload
     size_t payload_bytes
     size_t payload_placed           # behind those, where `placed` is
+    splice_pipe pipe                # where the reply goes on its way to the kernel, if it is a long one (piping.pyx)
+    size_t piped_bytes              # so much there will be in it when it is whole; 0: it goes another way
+    size_t most_piped               # so much a pipe does not hold any more, it seems; 0: unknown
     bint repeatable                 # it may be executed twice
     bint own                        # no caller waits for it
     int attempts
@@ -149,6 +153,7 @@ cdef struct worker:
     uint64_t requests               # that it was given by the kernel
     uint64_t lookups                # that the server granted in replies to it
     uint64_t data_placed            # bytes of WRITEs that the kernel put into the channel
+    uint64_t data_piped             # bytes of replies to READ that went from a socket to the kernel by reference
     # spinning
     spinner spinner
     int spin_credit

@@ -12,6 +12,7 @@ from libc.string cimport memcpy
 
 from qtfs_client.drivers.fuse3.dispatch cimport send_forgets, send_releases, serve
 from qtfs_client.drivers.fuse3.exchange cimport drain, is_quiet, stop, wake_another_locked
+from qtfs_client.drivers.fuse3.piping cimport drop_piped
 from qtfs_client.drivers.fuse3.placing cimport all_in_buffer, read_placed
 from qtfs_client.drivers.fuse3.state cimport BACKLOG, BUFFER_BYTES, FORGETS_AT_ONCE, LINK_UP, MAX_IDLE, mount_state, \
     pending_request, worker
@@ -221,6 +222,7 @@ cdef void _serve(worker *w, size_t size) noexcept nogil:
     if size >= sizeof(fuse_in_header) and w.request.len == size:
         w.argument_bytes = size - sizeof(fuse_in_header)
         serve(w)
+        drop_piped(w)                   # of a reply that came after its caller had been answered
     store_u64(&w.current, 0)
 
 

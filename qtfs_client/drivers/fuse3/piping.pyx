@@ -4,8 +4,9 @@ The beginning of the reply comes into the channel's inbox, as any message does. 
 the kernel wants, and what the socket brings then follows by reference. When all of it is there splice(2) hands it to
 /dev/fuse, which takes a reply whole or not at all, and copies the data to where the caller wants it: the only copy.
 
-A pipe holds a number of pieces, of a page or of whatever came in one packet, so what a network brings may not fit. Then it is
-read into the inbox after all, and the worker pipes no reply that long any more.
+Only from Unix sockets: TCP's many packets are split at other places than pages are, and taking them one by one takes longer
+than to copy them. A pipe holds a number of pieces, however long each is. Should they be too many, the reply is read into the
+inbox after all, and the worker pipes none that long any more.
 
 Sources: splice(2), pipe(7), fuse_dev_splice_write in fs/fuse/dev.c.
 """
@@ -14,7 +15,7 @@ from libc.stdint cimport int64_t, uint32_t
 
 from qtfs_client.drivers.fuse3.device cimport reply_error
 from qtfs_client.drivers.fuse3.state cimport worker
-from qtfs_client.includes.fuse_abi cimport fuse_out_header, fuse_read_in
+from qtfs_client.includes.fuse_abi cimport fuse_out_header
 from qtfs_client.includes.linux cimport iovec, read, writev
 from qtfs_common.includes.polling cimport POLLIN, poll, pollfd
 from qtfs_common.pipes cimport PIPE_BYTES, PIPE_PAGE_BYTES, pipe_drop, pipe_make
@@ -63,8 +64,7 @@ cdef bint _put_beginning(worker *w, const message *reply, size_t there) noexcept
 cdef int begin_piping(worker *w, message *reply) noexcept nogil:
     """Let a reply to READ that has begun go into the pipe, unless it is nothing for the kernel. As `receive` of the channel."""
     cdef channel *ch = w.link.ch
-    if w.answered or reply.head.error != 0 or reply.body_bytes > (<fuse_read_in *>w.argument).size or \
-            not pipe_make(&w.pipe):
+    if w.answered or reply.head.error != 0 or not pipe_make(&w.pipe):
         return ch.ops.receive(ch, reply)
     if not _put_beginning(w, reply, ch.end - ch.begin - sizeof(header)):
         pipe_drop(&w.pipe)

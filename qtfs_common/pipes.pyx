@@ -35,8 +35,9 @@ cdef bint pipe_make(splice_pipe *p) noexcept nogil:
 
 
 cdef void pipe_drop(splice_pipe *p) noexcept nogil:
-    """Give up the pipe with what is in it; the next use makes another."""
-    close(p.ends[0])
-    close(p.ends[1])
+    """Give up the pipe with what is in it, if there is one; the next use makes another."""
+    if p.ends[0] > 0:
+        close(p.ends[0])
+        close(p.ends[1])
     p.ends[0] = p.ends[1] = 0
     p.bytes = 0

@@ -16,7 +16,8 @@ cdef struct message:                # a received message; `body` is lent until t
     size_t body_bytes
 
 cdef struct channel_operations:
-    # 1: a message; RECEIVE_BEGUN: a part of a long one, if wanted (tell_begun); 0: none yet; -EPROTO: malformed; -ECONNRESET: the peer is gone; other -errno
+    # 1: a message; RECEIVE_BEGUN: a part of a long one, if wanted (tell_begun); 0: none yet; -EPROTO: malformed;
+    # -ECONNRESET: the peer is gone; other -errno
     int (*receive)(channel *, message *) noexcept nogil
     # room for a message of at most that many bytes (header included); NULL: too large. `bulk`: it will be mostly file
     # data, so where the transport has shared memory it is built in there, and not read again
@@ -52,7 +53,8 @@ cdef enum:
     INBOX_BYTES = MAX_MESSAGE + 8192    # one message and the beginning of the next
     UNTRUSTED_LIMIT = 8192              # longest message from a peer that has not been let in yet
     LONG_BYTES = 128 << 10              # WRITEs and replies to READ from this on may be begun before they are whole
-    WRITE_FIXED_BYTES = sizeof(header) + sizeof(caller) + sizeof(write_request)     # but for groups
+    # But for groups; of any long message, so much is waited for before it is looked at.
+    WRITE_FIXED_BYTES = sizeof(header) + sizeof(caller) + sizeof(write_request)
 
 cdef enum:
     RECEIVE_BEGUN = 2

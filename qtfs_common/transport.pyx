@@ -143,9 +143,14 @@ cdef int receive_from_pipe(channel *ch, int pipe, size_t size) noexcept nogil:
     return 0
 
 
+cdef size_t _first_part(const channel *ch) noexcept nogil:
+    """How much to receive at most, while it is not known whether a long message comes (`begun`)."""
+    cdef size_t have = ch.end - ch.begin
+    return ch.first_bytes - have if ch.begun_op and have < WRITE_FIXED_BYTES else INBOX_BYTES
+
+
 cdef int _socket_receive(channel *ch, message *out) noexcept nogil:
     cdef int found
-    cdef bint unknown
     while True:
         found = _next_message(ch, out)
         if found == 0 and not ch.told_begun and begun(ch, out) > 0:
@@ -154,9 +159,8 @@ cdef int _socket_receive(channel *ch, message *out) noexcept nogil:
         if found != 0:
             ch.told_begun = False
             return found
-        unknown = ch.end - ch.begin < WRITE_FIXED_BYTES
         _make_room(ch)
-        found = receive_part(ch, min(ch.first_bytes if ch.begun_op and unknown else INBOX_BYTES, ch.inbox_bytes - ch.end))
+        found = receive_part(ch, min(_first_part(ch), ch.inbox_bytes - ch.end))
         if found <= 0:
             return found
 
@@ -364,11 +368,10 @@ cdef void socket_channel_init(channel *ch, int fd) noexcept nogil:
 
 
 cdef void tell_begun(channel *ch, uint16_t op, size_t first_bytes) noexcept nogil:
-    """Let `receive` tell of long messages of an op that are not whole, where splice(2) moves pages out of the socket.
+    """Let `receive` tell of long messages of an op (0: of none) that are not whole.
 
-    Other families than these copy them, and allocate some for that. Op 0: of none.
-
-    `first_bytes`: taken of a message, at most, before it is known whether it is such a one.
+    `first_bytes`: taken of a message, at most, before it is known whether it is such a one; more than WRITE_FIXED_BYTES.
+    Only where splice(2) moves pages out of the socket: other families than these copy them, and allocate some for that.
     """
     ch.begun_op = op if ch.family in (AF_UNIX, AF_INET, AF_INET6) else 0
     ch.first_bytes = first_bytes

@@ -445,9 +445,7 @@ cdef class Service:
 
     cdef int _retire(self, worker *w) except -1:
         """Keep what a worker leaves for the next: its figures."""
-        if w.pipe.ends[0] > 0:
-            pipe_drop(&w.pipe)
-        w.pipe.ends[0] = 0
+        pipe_drop(&w.pipe)
         _take_memory(w)
         self.spare.append(<size_t>w)
         return 0

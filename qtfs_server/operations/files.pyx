@@ -9,7 +9,7 @@ from libc.errno cimport EACCES, EAGAIN, EBADF, EEXIST, EFAULT, EINVAL, EIO, EISD
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy, memset
 
-from qtfs_common.pipes cimport PIPE_BYTES, PIPE_PAGE_BYTES
+from qtfs_common.pipes cimport PIPE_BYTES, PIPE_PAGE_BYTES, pipe_make
 from qtfs_common.protocol cimport KILL_PRIVILEGES, MAX_NAME, MAX_PAYLOAD, MAX_RELEASES, OPENED_CHANGED, OPENED_UNCACHED, \
     RELEASE_FLOCK, WRITE_APPEND, WRITE_AT_OFFSET, copy_request, count_reply, create_reply, create_request, entry, fallocate_request, \
     fsync_request, ioctl_reply, ioctl_request, lseek_reply, lseek_request, open_reply, open_request, read_request, \
@@ -52,7 +52,7 @@ cdef enum:
     FOR_EXECUTION = 0x20            # __FMODE_EXEC of <linux/fs.h>: execve(2) opens what the caller may only execute
     # What a client may ask for. O_DIRECT would demand alignment of our buffers; the client's own pages are not here.
     PASSED_FLAGS = O_ACCMODE | O_APPEND | O_DSYNC | O_SYNC | O_NOATIME
-    COPIED_BYTES = 32768            # of a READ that would not fit into a pipe with what lies in front of it
+    COPIED_BYTES = 32768            # of a READ whose reply may have too many pages for a pipe
     LONGEST_COPY = 128 << 20        # of one COPY_FILE_RANGE, bytes: a worker is not to be busy for minutes
     FS_IOC_GETFLAGS = 0x80086601
     FS_IOC_SETFLAGS = 0x40086602
@@ -332,23 +332,27 @@ cdef ssize_t _read(const handle *h, uint8_t *data, size_t size, uint64_t offset)
 
 
 cdef size_t _beginning(const request *r, const read_request *body) noexcept nogil:
-    """How much of a READ is to be copied, so that the rest begins with a page: little, or nothing."""
+    """How much of a READ is to be copied, so that the rest begins with a page: 28 to 32 KiB, or nothing.
+
+    The client's pipe holds 256 pieces, of which one is a header. What is copied comes there in a few, the rest page by page.
+    """
     if not r.pipe.onward or body.size <= PIPE_BYTES - COPIED_BYTES:
         return 0
     return COPIED_BYTES - body.offset % PIPE_PAGE_BYTES
 
 
 cdef bint _read_by_reference(request *r, const handle *h, const read_request *body) noexcept nogil:
-    """Have the data in the pipe, but for the beginning of the longest reads. False: all of it is to be copied.
-
-    The client's pipe has to hold a header, too; what is copied comes there in pieces of several pages.
-    """
+    """Have the data in the pipe, but for the beginning of the longest reads. False: all of it is to be copied."""
     cdef size_t size = _beginning(r, body)
-    if size > 0 and pread(h.fd, r.reply, size, body.offset) < <ssize_t>size or \
-            not pipe_fill(r.pipe, h.fd, body.size - size, body.offset + size):
+    cdef ssize_t got = 0
+    if not pipe_make(r.pipe):
         return False
-    r.reply_bytes = size + r.pipe.bytes
-    return True
+    if size > 0:
+        got = pread(h.fd, r.reply, size, body.offset)
+    if got == <ssize_t>size and not pipe_fill(r.pipe, h.fd, body.size - size, body.offset + size):
+        return False
+    r.reply_bytes = max(got, 0) + r.pipe.bytes
+    return got >= 0
 
 
 cdef int op_read(request *r) noexcept nogil:

@@ -269,6 +269,7 @@ cdef int _take_fresh(worker *w) noexcept nogil:
     store_int(&w.link.link, LINK_UP)
     w.renewals_seen = load_int(&w.mount.renewals)
     w.suspect_us = 0
+    w.most_piped = 0
     w.attempts += 1
     w.paused_until_us = now + _pause_us(w)
     if w.link.fresh_epoch != w.link.epoch:

@@ -66,8 +66,7 @@ cdef worker *_worker_new(mount_state *m, uint32_t slot) noexcept:
 cdef void _worker_free(worker *w) noexcept:
     if w.link.wake_fd >= 0:
         close(w.link.wake_fd)
-    if w.pipe.ends[0] > 0:
-        pipe_drop(&w.pipe)
+    pipe_drop(&w.pipe)
     free(w.forgotten)
     free(w.memory)
     free(w)

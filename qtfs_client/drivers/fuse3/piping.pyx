@@ -10,15 +10,15 @@ inbox after all, and the worker pipes none that long any more.
 
 Sources: splice(2), pipe(7), fuse_dev_splice_write in fs/fuse/dev.c.
 """
-from libc.errno cimport EIO, ENOENT, EPROTO, errno
+from libc.errno cimport EIO, ENOENT, ENOSPC, EPROTO, errno
 from libc.stdint cimport int64_t, uint32_t
 
 from qtfs_client.drivers.fuse3.device cimport reply_error
 from qtfs_client.drivers.fuse3.state cimport worker
-from qtfs_client.includes.fuse_abi cimport fuse_out_header
+from qtfs_client.includes.fuse_abi cimport fuse_out_header, fuse_read_in
 from qtfs_client.includes.linux cimport iovec, read, writev
 from qtfs_common.includes.polling cimport POLLIN, poll, pollfd
-from qtfs_common.pipes cimport PIPE_BYTES, PIPE_PAGE_BYTES, pipe_drop, pipe_make
+from qtfs_common.pipes cimport PIPE_PAGE_BYTES, pipe_drop, pipe_make
 from qtfs_common.protocol cimport OP_READ, header
 from qtfs_common.transport cimport AF_UNIX, LONG_BYTES, channel, message, receive_from_pipe, receive_to_pipe, tell_begun
 
@@ -64,7 +64,8 @@ cdef bint _put_beginning(worker *w, const message *reply, size_t there) noexcept
 cdef int begin_piping(worker *w, message *reply) noexcept nogil:
     """Let a reply to READ that has begun go into the pipe, unless it is nothing for the kernel. As `receive` of the channel."""
     cdef channel *ch = w.link.ch
-    if w.answered or reply.head.error != 0 or not pipe_make(&w.pipe):
+    if w.answered or reply.head.error != 0 or reply.body_bytes > (<fuse_read_in *>w.argument).size or \
+            not pipe_make(&w.pipe):
         return ch.ops.receive(ch, reply)
     if not _put_beginning(w, reply, ch.end - ch.begin - sizeof(header)):
         pipe_drop(&w.pipe)
@@ -81,10 +82,15 @@ cdef bint _has_input(int fd) noexcept nogil:
 
 
 cdef ssize_t _receive_some(worker *w) noexcept nogil:
-    """What the socket brings now, into the pipe: how many bytes; 0: none, or there is no room for them; or -errno."""
-    cdef ssize_t got = receive_to_pipe(w.link.ch, w.pipe.ends[1], w.piped_bytes - w.pipe.bytes)
-    if got > 0:
-        w.pipe.bytes += got
+    """What the socket brings now, into the pipe: how many bytes; 0: none; -ENOSPC: there is no room for them; other -errno."""
+    cdef channel *ch = w.link.ch
+    cdef size_t wanted = w.piped_bytes - w.pipe.bytes
+    cdef ssize_t got = receive_to_pipe(ch, w.pipe.ends[1], wanted)
+    if got == 0 and _has_input(ch.fd):
+        got = receive_to_pipe(ch, w.pipe.ends[1], wanted)   # it may have come in between
+        if got == 0:
+            return -ENOSPC
+    w.pipe.bytes += max(got, 0)
     return got
 
 
@@ -105,15 +111,13 @@ cdef int _bring_back(worker *w) noexcept nogil:
 cdef int receive_piped(worker *w, message *reply) noexcept nogil:
     """As `receive` of the channel, while a reply goes into the pipe; its body is not in `reply` then."""
     cdef ssize_t got = 1
-    cdef int status
     while got > 0 and w.pipe.bytes < w.piped_bytes:
         got = _receive_some(w)
-        if got == 0 and _has_input(w.link.ch.fd):
-            got = _receive_some(w)      # it may have come in between
-            if got == 0:
-                status = _bring_back(w)
-                return status if status < 0 else w.link.ch.ops.receive(w.link.ch, reply)
-    return <int>got if got <= 0 else w.link.ch.ops.receive(w.link.ch, reply)
+    if got == -ENOSPC:
+        got = _bring_back(w)
+    elif got == 0:
+        return 0
+    return <int>got if got < 0 else w.link.ch.ops.receive(w.link.ch, reply)
 
 
 # ---- from the pipe to the kernel -------------------------------------------------------------------------------------

@@ -128,7 +128,7 @@ cdef struct worker:
     size_t payload_placed           # behind those, where `placed` is
     splice_pipe pipe                # where the reply goes on its way to the kernel, if it is a long one (piping.pyx)
     size_t piped_bytes              # so much there will be in it when it is whole; 0: it goes another way
-    size_t most_piped               # so much a pipe does not hold any more, it seems; 0: unknown
+    size_t most_piped               # so much of what this channel brings a pipe does not hold; 0: unknown
     bint repeatable                 # it may be executed twice
     bint own                        # no caller waits for it
     int attempts

@@ -19,6 +19,7 @@ from qtfs_client.drivers.fuse3.state cimport BACKLOG, BUFFER_BYTES, FORGETS_AT_O
 from qtfs_client.includes.fuse_abi cimport fuse_in_header
 from qtfs_client.includes.linux cimport load_int, pthread_mutex_lock, pthread_mutex_unlock, read, store_u64
 from qtfs_common.includes.polling cimport POLLIN, poll, pollfd
+from qtfs_common.pipes cimport pipe_drop
 from qtfs_common.protocol cimport MAX_RELEASES
 from qtfs_common.spinning cimport SPIN_CAP_US, spin_begin, spin_found, spin_turn
 from qtfs_common.transport cimport now_us
@@ -101,6 +102,7 @@ cdef bint _is_parked(worker *w) noexcept nogil:
 cdef void _park(worker *w) noexcept nogil:
     """Sleep until woken; or until the mount ends."""
     cdef pollfd fds
+    pipe_drop(&w.pipe)                  # of which a user may have 64
     fds.fd = w.link.wake_fd
     fds.events = POLLIN
     while _is_parked(w):

@@ -51,9 +51,8 @@ class RingFaults:
             thread.join()
 
     def _strike(self, ring: RingFile) -> None:
-        kind = self._draw.choice(sorted(_KINDS))
-        sides = (ring.engine_line,) if kind == "cut" else (ring.client_line, ring.engine_line)
-        side = self._draw.choice(sides)
+        side = self._draw.choice((ring.client_line, ring.engine_line))
+        kind = self._draw.choice(sorted(_KINDS)) if side == ring.engine_line else "garble"
         served = ring.served()
         if served:
             _KINDS[kind](self._draw, ring, side(self._draw.choice(served)))

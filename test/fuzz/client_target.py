@@ -25,7 +25,7 @@ from harness.leaks import descriptors as descriptors_of
 from harness.wire import EVENT_SLOT, HEADER_BYTES
 
 from qtfs_client.drivers.fuse3.mount import EVENT_LINE, Mount
-from qtfs_common.protocol import OPERATION_NAMES, OPERATIONS
+from qtfs_common.protocol import DELAYED, OPERATION_NAMES, OPERATIONS
 from qtfs_common.transport import Connection
 
 PATIENCE_S = 20.0
@@ -288,6 +288,11 @@ class ClientTarget:
 # ---- seeds
 
 
+def put_off_once() -> bytes:
+    """A request that the engine answers "later"."""
+    return RECORD.pack(_NAMES.index("REMOVEXATTR"), 0, DELAYED, 0)
+
+
 def client_seeds() -> list[bytes]:
     """Honest answers to every request, and each way to spoil one."""
 
@@ -304,6 +309,7 @@ def client_seeds() -> list[bytes]:
     return [
         *(answer(index) for index in everything),
         *(answer(index, 0, errno.EACCES, b"") for index in (0, 10, 33)),
+        put_off_once(),
         *(answer(index, 0, 0, REQUESTS[index][3] + b"12345678") for index in everything),
         *(answer(index, 0, 0, REQUESTS[index][3][:-1]) for index in everything if REQUESTS[index][3]),
         *(answer(11, flags) for flags in (ANOTHER_OP, ANOTHER_NUMBER, NO_REPLY, SHORTER, LONGER, HANG_UP)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from fuzz.client_target import ClientTarget
+from fuzz.client_target import ClientTarget, put_off_once
 from harness import wire
 from harness.waiting import wait_until
 from harness.wire import EVENT_SLOT
@@ -18,6 +18,11 @@ def target() -> Iterator[ClientTarget]:
     made = ClientTarget()
     yield made
     made.close()
+
+
+def test_what_is_put_off_is_tried_again_by_the_only_worker(target: ClientTarget) -> None:
+    """Which waits for the kernel's next request when it is due, and nobody can be started beside it."""
+    target.one(put_off_once())
 
 
 def tell_mounts_changed(target: ClientTarget, number: int, size: int) -> None:

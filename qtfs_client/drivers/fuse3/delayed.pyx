@@ -87,15 +87,15 @@ cdef int64_t bring_back_locked(mount_state *m, int64_t now) noexcept nogil:
 
 
 cdef void _have_taken_locked(mount_state *m) noexcept nogil:
-    """See that a worker looks at what was set aside: one that waits in read(/dev/fuse) does not."""
+    """See that a worker looks at what was set aside: one that sleeps does not."""
     cdef worker *w = m.parked
     if w != NULL:
         m.parked = w.next_parked
         w.parked = False
         m.coming += 1
         eventfd_write(w.link.wake_fd, 1)
-    elif m.idle > 0:
-        _start_locked(m)
+    elif m.reader != NULL:
+        eventfd_write(m.reader.link.wake_fd, 1)
 
 
 # ---- more workers ------------------------------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ cdef void lose(int manager_fd, line *link) noexcept nogil:
 
 
 cdef void stop(mount_state *m) noexcept nogil:
-    """End the mount: wake everybody who sleeps anywhere but in read(/dev/fuse), which ends with ENODEV."""
+    """End the mount: wake everybody who sleeps."""
     cdef uint32_t i
     store_int(&m.stopping, 1)
     pthread_mutex_lock(&m.guard)

@@ -391,6 +391,6 @@ cdef class Mount:
             watch(&self.m)
 
     def stop(self) -> None:
-        """End every thread; those in read(/dev/fuse) notice when the mount ends, or at the next signal they get."""
+        """End every thread."""
         with nogil:
             stop(&self.m)

@@ -20,7 +20,7 @@ from qtfs_common.spinning cimport spinner
 from qtfs_common.transport cimport channel, message
 
 cdef enum:
-    MAX_IDLE = 1                    # workers that wait in read(/dev/fuse); the others park
+    MAX_IDLE = 1                    # workers that wait for the kernel; the others park
     BACKLOG = 8                     # requests found waiting one after the other: one worker is not enough, if there are processors
     REQUEST_PAYLOAD = 1 << 20       # largest WRITE and READ that INIT offers
     BUFFER_BYTES = REQUEST_PAYLOAD + 8192
@@ -233,7 +233,8 @@ cdef struct mount_state:
     uint32_t worker_count           # running or being started
     uint32_t worker_limit
     uint32_t most_workers           # if the others hang
-    uint32_t idle                   # in read(/dev/fuse), or about to be
+    uint32_t idle                   # waiting for the kernel's next request, or about to
+    worker *reader                  # who does; NULL: nobody
     uint32_t serving                # with a request in hand
     uint32_t coming                 # woken: they will be idle soon
     bint starting                   # the manager is asked for one more

@@ -78,6 +78,7 @@ cdef turn _next_turn(worker *w) noexcept nogil:
         next_turn = TURN_PARK
     else:
         m.idle += 1
+        m.reader = w
         w.owes = False
     pthread_mutex_unlock(&m.guard)
     return next_turn
@@ -141,7 +142,7 @@ cdef bint _looking_pays(worker *w, int64_t now) noexcept nogil:
 cdef ssize_t _look(worker *w, int64_t now) noexcept nogil:
     """Look at the device again and again, for at most spin_us. The size of a request, -EAGAIN: none, or -errno.
 
-    Who sleeps in read(2) leaves a processor idle, and the caller pays for waking it.
+    Who sleeps there leaves a processor idle, and the caller pays for waking it.
     """
     cdef int64_t until = now + SPIN_CAP_US
     cdef bint whole = not _has_to_end_some(w.mount)
@@ -161,6 +162,20 @@ cdef ssize_t _look(worker *w, int64_t now) noexcept nogil:
     return got
 
 
+cdef ssize_t _sleep(worker *w) noexcept nogil:
+    """Read the device when there is something. -EAGAIN: we were woken for another reason."""
+    cdef int device = w.mount.triage_device if w.mount.triage_device >= 0 else w.mount.device
+    cdef pollfd fds[2]
+    fds[0].fd = device
+    fds[1].fd = w.link.wake_fd
+    fds[0].events = fds[1].events = POLLIN
+    if poll(fds, 2, -1) < 0:
+        return -errno
+    if fds[1].revents != 0:
+        drain(w.link.wake_fd)
+    return _read_device(w, device) if fds[0].revents != 0 else -EAGAIN
+
+
 cdef ssize_t _next_request(worker *w) noexcept nogil:
     """The next request into the buffer, however long it takes. Its size or -errno."""
     cdef int64_t asked_us = now_us()
@@ -171,7 +186,7 @@ cdef ssize_t _next_request(worker *w) noexcept nogil:
     if w.releases_due:
         return got                      # before we may sleep
     if got == -EAGAIN:
-        got = _read_device(w, w.mount.device)
+        got = _sleep(w)
     w.since_us = now_us()
     w.interrupted_us = 0
     w.backlog = w.backlog + 1 if w.since_us - asked_us < WAS_THERE_US else 0
@@ -184,6 +199,7 @@ cdef ssize_t _read(worker *w) noexcept nogil:
     cdef ssize_t got = _next_request(w)
     pthread_mutex_lock(&m.guard)
     m.idle -= 1
+    m.reader = NULL
     w.owes = m.idle + m.coming == 0     # after an error too: forgets may go out before the next read
     if got > 0:
         w.answered = False

@@ -55,6 +55,7 @@ def test_lookups_handles_and_locks_agree_and_go(mounted: Ends) -> None:
 
 def test_reconnects_and_sessions_begun_anew_are_counted(mounted: Ends) -> None:
     engine = mounted.mount.engine
+    wait_until(lambda: mounted.session["connections"] >= 2, "a worker's channel and the event channel")
     before = mounted.client
     assert (before["driver"], before["reconnects"], before["begun_anew"]) == ("fuse3", 0, 0)
     engine.kill()

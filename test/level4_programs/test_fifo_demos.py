@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
-from harness.leaks import environment
+from harness.leaks import descriptors, environment
 from harness.waiting import wait_until
 
 DEMO = Path(__file__).resolve().parents[2] / "demo"
@@ -34,8 +34,7 @@ def demo(name: str, *words: object) -> Iterator[subprocess.Popen[bytes]]:
 
 def reads_from(process: subprocess.Popen[bytes], fifo: Path) -> bool:
     """Whether it has the FIFO open."""
-    names = [os.readlink(entry.path) for entry in os.scandir(f"/proc/{process.pid}/fd") if os.path.lexists(entry.path)]
-    return str(fifo) in names
+    return str(fifo) in descriptors(process.pid).values()
 
 
 @pytest.fixture

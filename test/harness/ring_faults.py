@@ -5,8 +5,8 @@
     faults.struck               # Counter({"cut": 31, "garble": 20})
 
 A channel and what happens to it are a function of the seed; the moment is one of the clock, so it may strike anywhere
-in a message. Nothing is struck that the other side could take for good, and no client's claim: who takes that takes
-the long WRITE that lies there, too (doc/rings.md, 5).
+in a message. Nothing is struck that the other side could take for good, and no client's claim: when somebody else
+takes that, the long WRITE that lies there is lost, with EIO (doc/rings.md, 5).
 """
 
 from __future__ import annotations

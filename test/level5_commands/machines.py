@@ -110,7 +110,8 @@ class Machines:
                 yield self
                 self.unmount()
         finally:
-            end_processes([psutil.Process(pid) for pid in self.daemons()])  # only of a test that failed
+            with contextlib.suppress(psutil.NoSuchProcess):  # there is one only if the test failed
+                end_processes([psutil.Process(pid) for pid in self.daemons()])
             self.client.close()
             self.server.close()
 

@@ -30,7 +30,8 @@ from xdist.scheduler import LoadScopeScheduling
 
 QUICK_ERRAND_THREADS = 2
 
-#: What a second worker runs meanwhile: guests and builds, which share nothing with other tests, and what mostly waits.
+#: What a second worker runs meanwhile: guests, builds and other programs, which share little with other tests, and what
+#: mostly waits. The two should take about as long.
 #: Two workers for everything would do it faster, but tests with a time limit are then seldom alone on two processors.
 APART = (
     *("level2_server/test_leaks.py", "level2_server/test_stuck_exports.py", "level2_server/test_held_mounts.py"),
@@ -38,7 +39,7 @@ APART = (
     *("level3_mount/test_faults.py", "level3_mount/test_propagation.py", "level3_mount/test_engine_upgrade.py"),
     *("level3_mount/test_long_stops.py", "level3_mount/test_two_machines.py", "level3_mount/test_engine_deaths.py"),
     "level3_mount/test_descriptor_store.py",
-    *("level5_commands/test_installation.py", "level6_vm/"),
+    *("level4_programs/", "level5_commands/test_installation.py", "level6_vm/"),
 )
 
 # A shell that runs us in the background has it ignored, and all that we start would inherit that.

@@ -46,6 +46,7 @@ def test_connections_that_are_cut_garbled_and_delivered_late(stage: Stage) -> No
 
 
 @on("shm")
+@pytest.mark.timeout(300)
 def test_channels_that_are_taken_away_and_garbled(stage: Stage) -> None:
     _play_faults(stage, "cut", "garble")
 

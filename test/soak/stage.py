@@ -156,7 +156,7 @@ class Stage:
     def _faults(self, seed: int) -> tuple[Counter[str], AbstractContextManager[object]]:
         """What will have been struck, and the time in which faults strike."""
         if self.proxy is None:
-            in_memory = RingFaults(bar_path(self.engine), seed)
+            in_memory = RingFaults(bar_path(self.engine), seed, self.company.made)
             return in_memory.struck, in_memory.striking()
         schedule = Schedule(seed)
         return schedule.struck, _given(self.proxy, schedule)

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Runs in the guest, as root, in the checkout: the conformance set over vsock within one machine (CID 1, loopback), uncached,
-# as then each call goes over it; then a bell by vsock, and what the engine tells machines that say nothing, so that one which
-# was started again answers.
+# so that each call goes over it; then a bell by vsock, and what the engine tells machines that say nothing, so that one
+# which was started again answers.
 set -eu
 
 start_engine() { # LOG ARGUMENT...: its process id is then $engine

@@ -45,6 +45,23 @@ def make(name: str, area: Path) -> tuple[Any, list[bytes]]:
     return HandshakeTarget(area), handshake_seeds()
 
 
+def tell_of_threads() -> None:
+    """What each thread of this process waits for, for whoever has to find out why an execution failed."""
+    for task in Path("/proc/self/task").iterdir():
+        said = {name: (task / name).read_text().replace("\n", " ") for name in ("comm", "syscall", "stack")}
+        print(task.name, said, file=sys.stderr)
+
+
+def run(target: Any, data: bytes) -> None:
+    """An execution; of one that fails, its input and what the threads are at."""
+    try:
+        target.one(data)
+    except Exception:
+        print(f"input {target.runs}: {data.hex()}", file=sys.stderr)
+        tell_of_threads()
+        raise
+
+
 class Report:
     """What came of it: printed once, when everything has ended well."""
 
@@ -105,9 +122,9 @@ def main() -> int:
     if options.seconds:
         guided(report, seeds, options.corpus, options.seconds)
     for path in options.input:
-        target.one(path.read_bytes())
+        run(target, path.read_bytes())
     for data in inputs(seeds, options.mutations, options.seed) if options.mutations else ():
-        target.one(data)
+        run(target, data)
     report.finish()
     return 0
 

@@ -254,13 +254,15 @@ class Fuse3Driver:
 
     def unmount(self) -> None:
         """Detach the mount point and end `serve`. Pages that programs changed in their memory are written first."""
-        follower, attached, mount = self._follower, self._attached, self._mount
+        follower, attached = self._follower, self._attached
         if attached is not None:
             _write_back([self._options.mountpoint, *(follower.used() if follower is not None else [])])
             # In a thread of its own: the way there may lead through a mount whose server does not answer.
             leaving = threading.Thread(target=attached.unmount, daemon=True)
             leaving.start()
             leaving.join(_UNMOUNT_S)
+        # Not held before: a thread that still waits above when the process ends would keep it from being freed.
+        mount = self._mount
         if mount is not None:
             mount.stop()
 

@@ -12,7 +12,7 @@ any other message that is not whole.
 from libc.stdint cimport int64_t, uint8_t, uint64_t
 from libc.string cimport memcpy
 
-from qtfs_common.pipes cimport pipe_drop, pipe_make, splice_pipe
+from qtfs_common.pipes cimport PIPE_PAGE_BYTES, pipe_drop, pipe_make, splice_pipe
 from qtfs_common.protocol cimport write_request
 from qtfs_common.transport cimport WAIT_READABLE, begun, channel, message, now_us, receive_from_pipe, receive_part, \
     receive_to_pipe
@@ -33,13 +33,12 @@ cdef extern from "<sched.h>" nogil:
 
 cdef enum:
     PIECE_BYTES = 65536             # written at a time, at least: each call costs something
-    PAGE_BYTES = 4096
     LOOKS = 64                      # for more, until the worker sleeps
 
 
 cdef size_t _whole_pages(uint64_t offset, size_t size) noexcept nogil:
     """So much of `size` bytes that a write there ends with a page: no page is touched twice, or read to be filled up."""
-    cdef uint64_t over = (offset + size) % PAGE_BYTES
+    cdef uint64_t over = (offset + size) % PIPE_PAGE_BYTES
     return 0 if over > size else <size_t>(size - over)
 
 
@@ -94,7 +93,7 @@ cdef void _write(worker *w, connection *c, const handle *h, message *msg, size_t
     cdef early_write *early = &c.early
     cdef size_t before = msg.body - (c.ch.inbox + c.ch.begin) + data_at
     cdef size_t there = c.ch.end - c.ch.begin - before
-    cdef size_t first = there + (PAGE_BYTES - (early.asked.offset + there) % PAGE_BYTES) % PAGE_BYTES
+    cdef size_t first = there + (PIPE_PAGE_BYTES - (early.asked.offset + there) % PIPE_PAGE_BYTES) % PIPE_PAGE_BYTES
     if first >= early.asked.size or not pipe_make(&w.pipe) or not _receive_up_to(c, before + first, until_us):
         return
     early.done = max(pwrite(h.fd, msg.body + data_at, first, early.asked.offset), 0)

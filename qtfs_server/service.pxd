@@ -45,4 +45,4 @@ cdef class Service:
     cdef int _look_at_workers(self) except -1
     cdef bint _judged(self, worker *w, uint64_t turn) except -1
 
-cdef void arm(Service service, connection *c, uint32_t events, int how) noexcept nogil
+cdef bint arm(Service service, connection *c, uint32_t events, int how) noexcept nogil

@@ -218,8 +218,8 @@ cdef int _serve(Service service, worker *w, connection *c) noexcept nogil:
     return EPOLLOUT if result == -EAGAIN else result
 
 
-cdef void arm(Service service, connection *c, uint32_t events, int how) noexcept nogil:
-    """Leave a connection to the epoll, until there is something to read or, EPOLLOUT, room."""
+cdef bint arm(Service service, connection *c, uint32_t events, int how) noexcept nogil:
+    """Leave a connection to the epoll, until there is something to read or, EPOLLOUT, room. False: it takes no more."""
     cdef epoll_event event
     if c.ch.ops.doze(&c.ch, WAIT_READABLE if events & EPOLLIN else WAIT_WRITABLE):
         events |= EPOLLOUT          # it is there already: the descriptor can always be written to, so it wakes at once
@@ -228,7 +228,7 @@ cdef void arm(Service service, connection *c, uint32_t events, int how) noexcept
     # Who waits for room must not wake for a peer that has shut its side: that would never end.
     event.events = events | EPOLLONESHOT | (EPOLLRDHUP if events & EPOLLIN else 0)
     event.data.ptr = c
-    epoll_ctl(service.epoll_fd, how, c.ch.fd, &event)
+    return epoll_ctl(service.epoll_fd, how, c.ch.fd, &event) == 0
 
 
 cdef void _serve_connection(Service service, worker *w, connection *c) noexcept nogil:
@@ -266,7 +266,8 @@ cdef void _accept(Service service, listener *from_) noexcept nogil:
         close(fd)
     else:
         c.is_vsock = is_vsock
-        arm(service, c, EPOLLIN, EPOLL_CTL_ADD)
+        if not arm(service, c, EPOLLIN, EPOLL_CTL_ADD):     # ENOSPC: /proc/sys/fs/epoll/max_user_watches
+            connection_free(c)
 
 
 cdef void _refuse_one(Service service, int listening) noexcept nogil:

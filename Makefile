@@ -35,7 +35,9 @@ LAUNCHERS = $(foreach c,$(COMMANDS),$(if $(wildcard $(firstword $(subst /, ,$(c)
 
 .PHONY: all ext deps demo test soak bench lint debug sanitize fuzz install uninstall dist clean distclean help FORCE
 
+# Commands are started often, so Python need not compile them each time, also where PYTHONDONTWRITEBYTECODE is set.
 all: ext $(LAUNCHERS)
+	@$(PY) -m compileall -q $(PRESENT)
 
 help:
 	@echo "all (default)  build in place; then the commands run from there"
@@ -77,6 +79,7 @@ demo:
 test:
 	scripts/deps.sh build test venv kernel
 	$(MAKE) all
+	@$(PY) -m compileall -q test
 	$(PY) -m pytest $(TEST_WORKERS) $(PYTEST_ARGS)
 
 soak:

@@ -45,7 +45,7 @@ MOST_READS = 512
 CONFORMANCE = """
 mkdir -p /tmp/local
 .venv/bin/python -I test/level6_vm/conformance.py --expected /run/guest/expected --trees /run/guest/trees \\
-    /tmp/local /mnt/auto /mnt/none
+    /tmp/local /mnt/none
 say "conformance"
 """
 
@@ -193,7 +193,11 @@ def _restart_under_use(server: EngineProcess, boot: Boot) -> None:
 @pytest.mark.root
 @pytest.mark.timeout(2 * TIMEOUT_S)
 def test_conformance_over_a_bar(guest: Guest, server: EngineProcess, scenarios: Any) -> None:
-    """As on a disk of the guest's own; and the trees that this machine then has are those of that disk."""
+    """As on a disk of the guest's own; and the trees that this machine then has are those of that disk.
+
+    Uncached, so that each call goes over the BAR. Emulation takes two minutes for it; the default cache, with which the
+    same set runs over shared memory on the host, is used in the guest by the tests below.
+    """
     kit, files = scenarios
     # The size of a file system is the server's.
     (guest.job / "expected").write_bytes(pickle.dumps({"statfs": kit.in_child(files.statfs, str(server.share))}))
@@ -202,8 +206,7 @@ def test_conformance_over_a_bar(guest: Guest, server: EngineProcess, scenarios: 
     wait_until(server.is_idle, "the engine to let everything go", GRACE_S + 10)
     trees = pickle.loads((guest.job / "trees").read_bytes())
     for name, tree in trees.items():
-        for cache in ("auto", "none"):
-            assert kit.tree(server.share / cache / name) == tree, f"{name}, cache={cache}"
+        assert kit.tree(server.share / "none" / name) == tree, name
     print(f"{result.seconds:.0f} s\n{result.output}")
 
 

@@ -10,6 +10,7 @@ With coverage it has to be run over modules built for it: `make fuzz` does that.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -48,8 +49,9 @@ def make(name: str, area: Path) -> tuple[Any, list[bytes]]:
 def tell_of_threads() -> None:
     """What each thread of this process waits for, for whoever has to find out why an execution failed."""
     for task in Path("/proc/self/task").iterdir():
-        said = {name: (task / name).read_text().replace("\n", " ") for name in ("comm", "syscall", "stack")}
-        print(task.name, said, file=sys.stderr)
+        for name in ("comm", "syscall", "stack"):
+            with contextlib.suppress(OSError):  # it has ended, or the kernel keeps no stacks
+                print(task.name, name, (task / name).read_text().replace("\n", " "), file=sys.stderr)
 
 
 def run(target: Any, data: bytes) -> None:
